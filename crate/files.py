@@ -1,0 +1,71 @@
+"""Small text files, written atomically: a reader sees the old file or the new one, never half of one. No torch."""
+
+import csv
+import json
+import os
+from io import StringIO
+from pathlib import Path
+
+from crate.cli import InputError
+
+
+def atomic_write(path, write):
+    """Call `write(stream)` on a binary temporary file beside `path`, flush it to disk, then rename it to `path`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    atomic_write(path, lambda stream: stream.write(text.encode()))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path):
+    """The JSON object in `path`. Raises InputError if it is missing or malformed."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file")
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})")
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
+
+
+def write_csv(path, rows):
+    """Rows (dicts) as CSV; the columns are the union of the keys in order of first appearance; floats keep every digit."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, *([row.get(key, "") for key in columns] for row in rows)]
+    text = StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    write_text(path, text.getvalue())
+
+
+def read_csv(path):
+    """The rows of a CSV file with a header, as dicts of strings. Raises InputError if there is no such table."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            rows = list(reader)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a CSV table ({error})")
+    if not reader.fieldnames or not rows:
+        raise InputError(f"{path}: the table is empty; expected a header line and at least one row")
+    for line, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise InputError(f"{path}: row {line} has another number of fields than the header's {len(reader.fieldnames)}")
+    return rows
