@@ -1,8 +1,11 @@
 """Small text files, written atomically: a reader sees the old file or the new one, never half of one. No torch."""
 
 import csv
+import fcntl
 import json
 import os
+import socket
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 
@@ -29,6 +32,21 @@ def write_text(path, text):
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def locked(folder):
+    """Hold `folder` for this process alone; the lock ends with the process, however it ends. Raises InputError."""
+    with open(Path(folder) / ".lock", "a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            raise InputError(f"{folder}: another process works on it ({stream.read().strip()}); wait or stop it")
+        stream.truncate(0)
+        stream.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
+        stream.flush()
+        yield
 
 
 def read_json(path):

@@ -1,0 +1,32 @@
+"""The tables behind the flags: model variants, data sets and presets. No torch, so that `--help` answers at once."""
+
+# One layer's compression step is Z + sign * MSSA(Z; U); its output matrix is what the variants differ in.
+# name: (sign, output matrix, description)
+VARIANT_TABLE = {
+    "crate-c": (+1, "U", "CRATE-C(onceptual), Eq. 8: Z + MSSA(Z; U), output matrix U, tied"),
+    "crate-n": (-1, "U", "CRATE-N(egative), Eq. 9: Z - MSSA(Z; U), output matrix U, tied"),
+    "crate-t": (+1, "U^T", "CRATE-T(ranspose), Eq. 10: output matrix U^T, tied"),
+    "crate": (+1, "W", "CRATE: output matrix W, learned (with bias, as released)"),
+    "crate-fix": (+1, "random", "CRATE-Fix, Table 3: output matrix random and fixed"),
+    "crate-identity": (+1, "I", "CRATE-Identity, Table 3: output matrix I"),
+}
+
+# name: (image size, channels, classes)
+DATASETS = {"digits": (8, 1, 10), "fashion-mnist": (28, 1, 10), "cifar10": (32, 3, 10), "cifar100": (32, 3, 100)}
+
+# What a run is, unless a preset or a flag says otherwise. Settings of the paper; `None` is "off" or "native".
+DEFAULTS = dict(
+    model="crate-c", dataset="cifar10", train_subset=None, augment="none",
+    image_size=None, patch_size=4, width=384, depth=12, heads=6, dropout=0.0,
+    epochs=200, batch_size=128, lr=1e-4, schedule="cosine", clip_norm=None, stop_at_loss=None,
+    srr_reg=0.0, srr_layer="last", srr_sparsity="l0", log_srr_every=0, seed=0,
+)  # fmt: skip
+
+PRESETS = {
+    # Section 6: CRATE-Tiny on CIFAR-10 with the paper's augmentation; hours on a GPU.
+    "paper": dict(augment="basic", log_srr_every=20),
+    # The shipped 8x8 digits and a model that trains in a minute on one CPU core.
+    "laptop": dict(dataset="digits", patch_size=2, width=96, depth=4, epochs=40, lr=1e-3, batch_size=64, log_srr_every=10),
+    # Real 28x28 images on a CPU: a fixed part of Fashion-MNIST, deeper than the laptop preset.
+    "fashion": dict(dataset="fashion-mnist", train_subset=6000, width=96, depth=6, epochs=20, lr=1e-3, log_srr_every=5),
+}

@@ -1,0 +1,133 @@
+"""Coding rates R and R^c (Eq. 1), their gradients (Eq. 6) and the second-order expansion (Eqs. 5, 7).
+
+Tokens are rows, `(..., N, d)`: the transpose of the paper's Z in R^{d x N}. U is `(d, d)`, its columns [U_1 .. U_K].
+All of it runs in float32 or float64 with autocast and TF32 off: half-precision Gram matrices lose positive definiteness.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+@contextmanager
+def full_precision(device_type):
+    """Autocast and TF32 off."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def full(tensor):
+    """The tensor in float32, or float64 if it is that already."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def split_heads(tokens, heads):
+    """(..., N, d) -> (..., K, N, p)."""
+    return tokens.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def merge_heads(tokens):
+    """(..., K, N, p) -> (..., N, d)."""
+    return tokens.transpose(-3, -2).flatten(-2)
+
+
+def _factor(tokens, coefficient):
+    """Cholesky factor of I + coefficient Z^T Z on the smaller side, (..., n, n) with n = min(N, d)."""
+    N, d = tokens.shape[-2:]
+    rows, columns = (tokens, tokens.mT) if N <= d else (tokens.mT, tokens)
+    gram = coefficient * (rows @ columns)
+    gram.diagonal(dim1=-2, dim2=-1).add_(1)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if tokens.is_cuda:  # a check here would wait for the device: let NaN travel to the loss, which is checked per epoch
+        return factor.masked_fill((info != 0)[..., None, None], torch.nan)
+    if info.any():
+        raise ValueError("I + c Z^T Z is not positive definite: the tokens are not finite or far too large")
+    return factor
+
+
+def _gradient(tokens, factor, coefficient):
+    """c Z (I + c Z^T Z)^{-1}, from the factor of either side."""
+    if tokens.shape[-2] <= tokens.shape[-1]:
+        return coefficient * torch.cholesky_solve(tokens, factor)
+    return coefficient * torch.cholesky_solve(tokens.mT, factor).mT
+
+
+class _CodingRate(torch.autograd.Function):
+    """The closed-form gradient needs the factor that the value needed, and nothing else; autograd would redo the work."""
+
+    @staticmethod
+    def forward(context, tokens, coefficient):
+        with full_precision(tokens.device.type):
+            factor = _factor(tokens, coefficient)
+        context.save_for_backward(tokens, factor)
+        context.coefficient = coefficient
+        return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context, upstream):
+        tokens, factor = context.saved_tensors
+        with full_precision(tokens.device.type):
+            return upstream[..., None, None] * _gradient(tokens, factor, context.coefficient), None
+
+
+def coding_rate(tokens, coefficient):
+    """R(Z) = 1/2 logdet(I + c Z^T Z) (Eq. 1) of tokens (..., N, d), in nats: (...), float32 or float64.
+
+    `coefficient` is c = d / (N eps^2), a float. Differentiable once in the tokens.
+    Raises ValueError where tokens are not finite (on CUDA, which is not waited for, the rate is NaN instead).
+    """
+    return _CodingRate.apply(full(tokens), coefficient)
+
+
+def subspace_coding_rate(tokens, U, heads, gamma=1.0):
+    """R^c(Z; U) = sum_k 1/2 logdet(I + gamma (U_k^T Z)^T U_k^T Z) (Eq. 1) of tokens (..., N, d): (...), in nats."""
+    with full_precision(tokens.device.type):
+        V = full(tokens) @ full(U)
+    return coding_rate(split_heads(V, heads), gamma).sum(-1)
+
+
+def exact_gradient(tokens, U, heads, gamma=1.0):
+    """grad_Z R^c = sum_k gamma U_k (I + gamma V_k V_k^T)^{-1} V_k with V_k = U_k^T Z (Eq. 6): (..., N, d)."""
+    with full_precision(tokens.device.type):
+        V = split_heads(full(tokens) @ full(U), heads)
+        return merge_heads(_gradient(V, _factor(V, gamma), gamma)) @ full(U).mT
+
+
+def expansion_gradient(tokens, U, heads, gamma=1.0, orders=(1, 2)):
+    """Gradient of the second-order expansion of R^c (Eq. 7), or of its first- or second-order term only: (..., N, d).
+
+    sum_k U_k (gamma V_k - gamma^2 V_k V_k^T V_k) with V_k = U_k^T Z.
+    """
+    with full_precision(tokens.device.type):
+        V = split_heads(full(tokens) @ full(U), heads)  # (..., K, N, p)
+        gradient = torch.zeros_like(V)
+        if 1 in orders:
+            gradient += gamma * V
+        if 2 in orders:
+            gradient -= gamma**2 * V @ (V.mT @ V)
+        return merge_heads(gradient) @ full(U).mT
+
+
+def taylor_bound(tokens, U, heads, gamma=1.0):
+    """The lower bound sum_k gamma/2 ||V_k||_F^2 - gamma^2/4 ||V_k^T V_k||_F^2 on R^c(Z; U) (Eq. 5): (...), in nats."""
+    with full_precision(tokens.device.type):
+        V = split_heads(full(tokens) @ full(U), heads)
+        gram = V.mT @ V
+        return (gamma / 2 * V.square().sum((-3, -2, -1)) - gamma**2 / 4 * gram.square().sum((-3, -2, -1)))
+
+
+def log_approximations(x):
+    """log x beside its expansions at 1 (Fig. 1b): {name: values}, each of x's shape."""
+    return {
+        "log x": x.log(),
+        "first order": x - 1,
+        "second order": (x - 1) - (x - 1) ** 2 / 2,
+        "second-order term only": -((x - 1) ** 2) / 2,
+    }
