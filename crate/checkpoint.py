@@ -22,8 +22,10 @@ def load_checkpoint(path, device="cpu"):
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file")
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:80]}); delete it to start again")
+    except PermissionError:
+        raise
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise InputError(f"{path}: truncated or not a checkpoint ({type(error).__name__}); delete it to start the run again")
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a checkpoint of this project: it holds no dict")
     return content

@@ -3,18 +3,74 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from crate.config import VARIANT_TABLE
 from crate.rates import full_precision, merge_heads, split_heads
 
 
-def subspace_attention(V, scale=1.0, dropout=0.0):
+LARGE = 256  # tokens from which on, and CUDA where, the N x N weights are better not written to memory
+
+
+def keep_mask(tensor, p):
+    """Dropout's random mask: True with probability 1 - p, and the factor that keeps the mean.
+
+    Sixteen bits of a 64-bit draw decide on an element, several times faster than F.dropout's draws on CPU; p is rounded to
+    a multiple of 2^-16, and the factor is that of the rounded p.
+    """
+    dropped = round(p * 2**16)
+    draws = torch.empty(tensor.numel() // 4 + 1, dtype=torch.int64, device=tensor.device).random_(-(2**63), None)
+    bits = draws.view(torch.int16)[: tensor.numel()].view(tensor.shape)
+    return bits >= dropped - 2**15, 1 / (1 - dropped / 2**16)
+
+
+def dropout(tensor, p):
+    """Zero each element with probability p, scale the others by 1 / (1 - p)."""
+    if p == 0:
+        return tensor
+    mask, factor = keep_mask(tensor, p)
+    return tensor * mask * factor
+
+
+def _attend(V, scale, p):
+    """The output of self-attention of V (b, N, p), with its transposed weights (b, N, N) before and after dropout."""
+    gram = torch.baddbmm(V.new_empty(1, 1, 1), V, V.mT, beta=0, alpha=scale)
+    # The Gram matrix is symmetric: its softmax over columns is the transposed attention, and a faster kernel.
+    weights = gram.softmax(dim=-2).to(V.dtype)
+    dropped = dropout(weights, p)
+    return torch.bmm(dropped.mT, V), weights, dropped
+
+
+class _SelfAttention(torch.autograd.Function):
+    """Attention whose query, key and value are one tensor: its gradient takes four products where autograd takes six."""
+
+    @staticmethod
+    def forward(context, V, scale, p):
+        output, weights, dropped = _attend(V, scale, p)
+        context.save_for_backward(V, output, weights, dropped)
+        context.scale = scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(context, upstream):
+        V, output, weights, dropped = context.saved_tensors
+        inner = (upstream * output).sum(-1).unsqueeze(-2)  # (b, 1, N): the softmax's sum of weight times its gradient
+        gram = torch.bmm(V, upstream.mT).mul_(dropped).addcmul_(weights, inner, value=-1)  # gradient, transposed
+        gradient = torch.bmm(dropped, upstream)
+        return gradient.baddbmm_(gram + gram.mT, V, alpha=context.scale), None, None
+
+
+def subspace_attention(V, scale=1.0, p=0.0):
     """V_k softmax(scale V_k^T V_k) per head (inside Eq. 4) of V (..., K, N, p): the same shape.
 
-    Query, key and value are the same V. `dropout` is the probability with which an attention weight is dropped.
+    `p` is the probability with which an attention weight is dropped.
     """
-    weights = torch.softmax((scale * V) @ V.mT, dim=-1)  # (..., K, N, N); row n holds the weights of output token n
-    return F.dropout(weights, dropout) @ V if dropout else weights @ V
+    if V.is_cuda or V.shape[-2] > LARGE or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(V, V, V, dropout_p=p, scale=scale)
+    flat = V.flatten(0, -3)  # (b, N, p)
+    output = _SelfAttention.apply(flat, scale, p) if torch.is_grad_enabled() else _attend(flat, scale, p)[0]
+    return output.view(V.shape)
 
 
 class MSSA(nn.Module):
@@ -43,10 +99,10 @@ class MSSA(nn.Module):
         return F.linear(heads, self.fixed) if self.output == "random" else heads
 
     def forward(self, tokens):
-        dropout = self.dropout if self.training else 0.0
+        p = self.dropout if self.training else 0.0
         V = split_heads(self.U(tokens), self.heads)  # (B, K, N, p)
-        heads = merge_heads(subspace_attention(V, self.scale, dropout))
-        return F.dropout(self.merge(heads), dropout, self.training)
+        heads = merge_heads(subspace_attention(V, self.scale, p))
+        return dropout(self.merge(heads), p)
 
 
 class ISTA(nn.Module):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from crate.cli import InputError
 from crate.config import VARIANT_TABLE
-from crate.layers import Layer
+from crate.layers import Layer, dropout
 
 VARIANTS = {name: description for name, (_, _, description) in VARIANT_TABLE.items()}
 
@@ -24,13 +24,12 @@ class CRATE(nn.Module):
     def __init__(self, name, *, image_size, patch_size, channels, classes, width, depth, heads, dropout=0.0):
         super().__init__()
         patch_dim, tokens = patch_size**2 * channels, (image_size // patch_size) ** 2
-        self.patch_size, self.heads = patch_size, heads
+        self.patch_size, self.heads, self.dropout = patch_size, heads, dropout
         self.patch_embedding = nn.Sequential(
             nn.LayerNorm(patch_dim), nn.Linear(patch_dim, width), nn.LayerNorm(width)
         )
         self.cls_token = nn.Parameter(torch.randn(1, 1, width))
         self.pos_embedding = nn.Parameter(torch.randn(1, tokens + 1, width))
-        self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
             [Layer(name, width=width, heads=heads, dropout=dropout) for _ in range(depth)]
         )
@@ -43,7 +42,8 @@ class CRATE(nn.Module):
         patches = patches.permute(0, 3, 2, 1).flatten(2)  # (B, N, p p C)
         tokens = self.patch_embedding(patches)
         cls = self.cls_token.expand(len(tokens), -1, -1)
-        return self.dropout(torch.cat([cls, tokens], dim=1) + self.pos_embedding)
+        tokens = torch.cat([cls, tokens], dim=1) + self.pos_embedding
+        return dropout(tokens, self.dropout if self.training else 0.0)
 
     def forward_with_outputs(self, images):
         """Logits (B, classes) and the L layer outputs Z^1..Z^L, each (B, N + 1, d), in one pass."""

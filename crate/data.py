@@ -1,0 +1,185 @@
+"""Data sets: the shipped digits, Fashion-MNIST, CIFAR-10 and CIFAR-100, as tensors on the device, and their batches.
+
+Images are (C, H, W), normalised by the training set's mean and standard deviation per channel. The order of an epoch's
+examples, and what augmentation makes of them, are functions of (seed, epoch) alone.
+"""
+
+import gzip
+import hashlib
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from crate.cli import InputError
+from crate.config import DATASETS
+
+DIGITS = Path(__file__).with_name("digits.npz")
+DIGITS_SHA256 = "5fe13e34b3dd716db1281d456700d350f8628ee754b9c493869f197171b85f4b"
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts its files
+FASHION_FILES = tuple(
+    f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+)  # fmt: skip
+CIFAR_FILES = {
+    "cifar10": "cifar-10-batches-py/ (batches.meta, data_batch_1 to 5, test_batch)",
+    "cifar100": "cifar-100-python/ (meta, train, test)",
+}
+
+
+@dataclass
+class Data:
+    """A training and a validation set on one device: normalised images (n, C, H, W) float32, labels (n,) int64."""
+
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    val_images: torch.Tensor
+    val_labels: torch.Tensor
+    raw_train_images: torch.Tensor  # (n, C, H, W) uint8 on the CPU, for augmentation
+    mean: torch.Tensor  # (C, 1, 1), of the training images as values from 0 to 1
+    std: torch.Tensor
+    image_size: int  # that the model sees
+
+    def normalise(self, images):
+        """Images of bytes -> standardised per channel, float32."""
+        return (images.float() / 255 - self.mean) / self.std
+
+    def resize(self, images):
+        """(n, C, H, W) -> (n, C, image_size, image_size); a larger image size would fill the memory if done at once."""
+        if images.shape[-1] == self.image_size:
+            return images
+        return F.interpolate(images, self.image_size, mode="bilinear", antialias=True)
+
+
+def mixed_seed(*numbers):
+    """One 63-bit seed out of several whole numbers, the same on every machine; nearby numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def _digits(data_dir):
+    content = DIGITS.read_bytes()
+    if hashlib.sha256(content).hexdigest() != DIGITS_SHA256:
+        raise InputError(f"{DIGITS}: its checksum is wrong; restore it with `git checkout crate/digits.npz`")
+    arrays = np.load(io.BytesIO(content))
+    train, val = (arrays[f"{part}_images"].astype(int) * 255 // 16 for part in ("train", "val"))  # shipped as 0 to 16
+    return [train, arrays["train_labels"], val, arrays["val_labels"]]
+
+
+def _fashion_mnist(data_dir):
+    folders = [data_dir, data_dir / "fashion-mnist", data_dir / "FashionMNIST" / "raw", DEBIAN]
+    folder = next((f for f in folders if all((f / name).is_file() for name in FASHION_FILES)), None)
+    if folder is None:
+        from torchvision.datasets import FashionMNIST
+
+        FashionMNIST(data_dir, download=True)
+        folder = folders[2]
+    return [_idx(folder / name) for name in FASHION_FILES]
+
+
+def _idx(path):
+    """The array in a gzipped IDX file: two zero bytes, type 8 (uint8), the number of axes, each axis' length, the values."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+        axes = content[3]
+        shape = np.frombuffer(content, ">i4", axes, offset=4)
+        if content[:3] != b"\0\0\x08":
+            raise ValueError
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    except (OSError, EOFError, IndexError, ValueError):
+        raise InputError(f"{path}: not a gzipped IDX file of bytes; delete it, and it is downloaded again")
+
+
+def _cifar(name):
+    def load(data_dir):
+        from torchvision.datasets import CIFAR10, CIFAR100
+
+        parts = [{"cifar10": CIFAR10, "cifar100": CIFAR100}[name](data_dir, train, download=True) for train in (True, False)]
+        return [array for part in parts for array in (part.data.transpose(0, 3, 1, 2), np.array(part.targets))]
+
+    return load
+
+
+LOADERS = {"digits": _digits, "fashion-mnist": _fashion_mnist, "cifar10": _cifar("cifar10"), "cifar100": _cifar("cifar100")}
+
+
+def load_data(name, data_dir="data", *, image_size=None, train_subset=None, device="cpu"):
+    """The data set `name` as Data on `device`, downloaded into `data_dir` where it is missing.
+
+    image_size: resize to this (None: the data set's own). train_subset: keep that many training images, chosen at random,
+    always the same. Raises InputError where files are missing and can't be downloaded, are broken, or hold too few images.
+    """
+    if name not in LOADERS:
+        raise InputError(f"--dataset {name}: unknown; choose from {', '.join(LOADERS)}")
+    try:
+        arrays = LOADERS[name](Path(data_dir))
+    except (OSError, RuntimeError) as error:  # no network, no permission, a broken file
+        files = ", ".join(FASHION_FILES) if name == "fashion-mnist" else CIFAR_FILES.get(name, DIGITS)
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--data-dir {data_dir}: {name} is not there ({reason}); put {files} there, or use --dataset digits")
+    images, labels, val_images, val_labels = (torch.from_numpy(np.array(array)) for array in arrays)
+    if train_subset is not None:
+        if train_subset > len(labels):
+            raise InputError(f"--train-subset {train_subset}: {name} has {len(labels)} training images")
+        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:train_subset]
+        images, labels = images[chosen], labels[chosen]
+    size, channels, _ = DATASETS[name]
+    images, val_images = (x.view(-1, channels, size, size).byte() for x in (images, val_images))
+    values = images.double() / 255
+    mean, std = (x.float()[:, None, None].to(device) for x in (values.mean((0, 2, 3)), values.std((0, 2, 3))))
+    data = Data(None, labels.long().to(device), None, val_labels.long().to(device), images, mean, std, image_size or size)
+    data.train_images, data.val_images = data.normalise(images.to(device)), data.normalise(val_images.to(device))
+    return data
+
+
+def epoch_order(examples, seed, epoch):
+    """The order in which an epoch sees the training set, (examples,) int64."""
+    return torch.randperm(examples, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch)))
+
+
+def batches(data, batch_size, seed, epoch):
+    """An epoch's (images, labels), normalised, without augmentation: index selections on the device."""
+    order = epoch_order(len(data.train_labels), seed, epoch).to(data.train_labels.device, non_blocking=True)
+    for index in order.split(batch_size):
+        yield data.resize(data.train_images[index]), data.train_labels[index]
+
+
+class _Augmentation(torch.utils.data.Dataset):
+    """Batches of augmented images: random resized crop, horizontal flip, RandAugment(n = 2, m = 14) (Section 6)."""
+
+    def __init__(self, images, size):
+        from torchvision.transforms import v2
+
+        self.images = images
+        crop = v2.RandomResizedCrop(size, antialias=True)
+        self.transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.RandAugment(num_ops=2, magnitude=14)])
+
+    def __getitem__(self, item):
+        """(seed, indices) -> images (b, C, size, size) uint8, indices (b,). Runs in a worker."""
+        seed, index = item
+        torch.manual_seed(seed)  # a batch depends neither on the number of workers nor on the batches before it
+        return torch.stack([self.transform(self.images[i]) for i in index]), index
+
+
+class AugmentedBatches:
+    """An epoch's batches with augmentation, made image by image in worker processes that live as long as this object."""
+
+    def __init__(self, data, batch_size, seed):
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.plan = []  # (seed, indices) of every batch of the coming epoch: what the loader samples
+        self.loader = torch.utils.data.DataLoader(
+            _Augmentation(data.raw_train_images, data.image_size), batch_size=None, sampler=self.plan,
+            num_workers=min(8, max(1, len(os.sched_getaffinity(0)) - 1)), persistent_workers=True,
+            pin_memory=data.train_labels.is_cuda, worker_init_fn=lambda _: torch.set_num_threads(1),
+            generator=torch.Generator(),  # else the first epoch would draw from the generator that dropout uses
+        )  # fmt: skip
+
+    def epoch(self, epoch):
+        order = epoch_order(len(self.data.train_labels), self.seed, epoch).split(self.batch_size)
+        self.plan[:] = [(mixed_seed(self.seed, epoch, batch), index) for batch, index in enumerate(order)]
+        device = self.data.train_labels.device
+        for images, index in self.loader:
+            images, index = images.to(device, non_blocking=True), index.to(device, non_blocking=True)
+            yield self.data.normalise(images), self.data.train_labels[index]

@@ -1,0 +1,233 @@
+"""The training loop: Adam, AMP, cross-entropy plus SRR (Eq. 14), the stopping criterion of Section 5, logs, exact resume."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from crate.checkpoint import load_weights, save_checkpoint
+from crate.cli import InputError
+from crate.data import AugmentedBatches, batches, load_data, mixed_seed
+from crate.files import locked, read_json, write_json, write_text
+from crate.model import model_from_config
+from crate.srr import add_srr_gradients, layer_srr
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SRR_IMAGES = 512  # layer-wise SRR is logged on the first so many training images
+# Below a loss of x the stopping criterion is checked n times an epoch, so that fast runs don't overshoot (RGM's rule).
+CHECKS_PER_EPOCH = ((0.015, 8), (0.025, 4), (0.05, 2), (math.inf, 1))
+FREE_TO_CHANGE = {"device", "data_dir", "versions", "commit"}  # may differ between a run and its resumption
+
+
+def learning_rate(step, total_steps, initial, schedule):
+    """The rate of step `step` (0-based) of `total_steps`: `initial` throughout, or its cosine decay to zero."""
+    return initial if schedule == "constant" else initial * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+
+
+def resolve_amp(amp, device):
+    """"off", "bf16" or "fp16" for the flag's value. Raises InputError where the device can't multiply in that type."""
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+    if amp != "off":
+        try:
+            torch.ones(2, 2, dtype=AMP_DTYPES[amp], device=device) @ torch.ones(2, 2, dtype=AMP_DTYPES[amp], device=device)
+        except RuntimeError:
+            raise InputError(f"--amp {amp}: {device} has no support for it; use --amp off")
+    return amp
+
+
+def srr_layers(choice, depth, steps):
+    """The 0-based layers that `--srr-layer` regularises, for each of `steps` steps."""
+    if choice == "random":
+        return [[layer] for layer in torch.randint(depth, (steps,)).tolist()]
+    layers = {"all": list(range(depth)), "last": [depth - 1]}.get(choice) or [int(choice) - 1]
+    return [layers] * steps
+
+
+@torch.no_grad()
+def evaluate(model, data, images, labels, chunk=2048):
+    """Mean cross-entropy and accuracy in eval mode and full precision, un-augmented: two floats, one synchronisation."""
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=labels.device)
+    for part, truth in zip(images.split(chunk), labels.split(chunk)):
+        logits = model(data.resize(part))
+        sums += torch.stack([F.cross_entropy(logits.double(), truth, reduction="sum"), (logits.argmax(1) == truth).sum()])
+    loss, accuracy = (sums / len(labels)).tolist()
+    return loss, accuracy
+
+
+class Run:
+    """One training run and all of its state: what a checkpoint holds, and what one epoch does to it."""
+
+    def __init__(self, config, folder):
+        self.config, self.folder = config, Path(folder)
+        self.device = torch.device(config["device"])
+        self.data = load_data(
+            config["dataset"], config["data_dir"], image_size=config["image_size"],
+            train_subset=config["train_subset"], device=self.device,
+        )  # fmt: skip
+        torch.manual_seed(config["seed"])
+        self.model = model_from_config(config).to(self.device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config["lr"], fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config["amp"] == "fp16")
+        self.epoch = self.step = 0
+        self.train_loss = math.inf  # cross-entropy over the training set at the last check of the stopping criterion
+        self.rows = []  # of log.jsonl
+        self.steps_per_epoch = math.ceil(len(self.data.train_labels) / config["batch_size"])
+        self.total_steps = config["epochs"] * self.steps_per_epoch
+        if config["compile"]:
+            for layer in self.model.layers:  # in place: the checkpoint's names stay those of the plain module
+                layer.compile()
+        if config["augment"] == "basic":
+            self.batches = AugmentedBatches(self.data, config["batch_size"], config["seed"]).epoch
+        else:
+            self.batches = lambda epoch: batches(self.data, config["batch_size"], config["seed"], epoch)
+
+    @property
+    def reached_target(self):
+        target = self.config["stop_at_loss"]
+        return None if target is None else self.train_loss < target
+
+    def start(self):
+        """Resume from last.pt, or begin: init.pt, and layer-wise SRR at initialisation."""
+        last = self.folder / "last.pt"
+        if last.exists():
+            state = load_weights(self.model, last, self.device)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.epoch, self.step, self.train_loss = state["epoch"], state["step"], state["train_loss"]
+            self.rows = state["rows"]
+        else:
+            save_checkpoint(self.folder / "init.pt", {"model": self.model.state_dict()})
+            self.log(time.perf_counter())
+        # A kill between logging and saving leaves a row too many: the checkpoint's rows are the log.
+        write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def save(self):
+        state = {
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch, "step": self.step, "train_loss": self.train_loss, "rows": self.rows,
+        }  # fmt: skip
+        save_checkpoint(self.folder / "last.pt", state)
+
+    def log(self, started, **training):
+        """Append the epoch's row: validation loss and accuracy, layer-wise SRR if it is due, seconds since `started`."""
+        loss, accuracy = evaluate(self.model, self.data, self.data.val_images, self.data.val_labels)
+        row = {"epoch": self.epoch, "step": self.step, **training, "val_loss": loss, "val_accuracy": accuracy}
+        every = self.config["log_srr_every"]
+        if every and self.epoch % every == 0:
+            row["srr"] = layer_srr(self.model, self.data.resize(self.data.train_images[:SRR_IMAGES]))
+        row["seconds"] = round(time.perf_counter() - started, 3)
+        self.rows.append(row)
+        with open(self.folder / "log.jsonl", "a") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+    def train_step(self, images, labels, layers):
+        """One step of Adam on cross-entropy + eta SRR (Eq. 14). Returns loss, number correct and SRR, on the device."""
+        config, model = self.config, self.model
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.total_steps, config["lr"], config["schedule"])
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, AMP_DTYPES.get(config["amp"]), enabled=config["amp"] != "off"):
+            logits, outputs = model.forward_with_outputs(images)
+            loss = F.cross_entropy(logits, labels)
+        srr = loss.new_zeros(())
+        if config["srr_reg"]:
+            weight = self.scaler.scale(torch.ones_like(srr)) * config["srr_reg"]
+            srr = add_srr_gradients(model, outputs, layers, weight, norm=config["srr_sparsity"])
+        self.scaler.scale(loss).backward()
+        if config["clip_norm"] is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip_norm"])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum(), srr
+
+    def train_epoch(self, bar):
+        """One epoch, or its part up to the stopping criterion; nothing in it waits for the device but that criterion."""
+        started, config = time.perf_counter(), self.config
+        self.epoch += 1
+        torch.manual_seed(mixed_seed(config["seed"], self.epoch))  # dropout and random layers are functions of (seed, epoch)
+        layers = srr_layers(config["srr_layer"], config["depth"], self.steps_per_epoch)
+        checks = next(n for below, n in CHECKS_PER_EPOCH if self.train_loss < below or below == math.inf)
+        check_at = {math.ceil(self.steps_per_epoch * (i + 1) / checks) for i in range(checks)}
+        self.model.train()
+        steps, examples = [], 0
+        for i, (images, labels) in enumerate(self.batches(self.epoch)):
+            try:
+                steps.append(torch.stack(self.train_step(images, labels, layers[i])))
+            except ValueError as error:  # from the coding rates
+                self.fail(i, error)
+            examples += len(labels)
+            bar.update()
+            if config["stop_at_loss"] is not None and i + 1 in check_at:
+                self.train_loss, _ = evaluate(self.model, self.data, self.data.train_images, self.data.train_labels)
+                self.model.train()
+                if self.reached_target:
+                    break
+        losses, correct, srr = torch.stack(steps).double().cpu().T
+        if not losses.isfinite().all():
+            i = int(losses.isfinite().logical_not().nonzero()[0])
+            self.fail(i, f"the loss is {losses[i]}")
+        means = {"train_loss": losses.mean().item(), "train_accuracy": correct.sum().item() / examples}
+        if config["srr_reg"]:
+            means["train_srr"] = srr.mean().item()
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.log(started, **means, lr=lr)
+        bar.set_postfix(loss=f"{means['train_loss']:.4f}", val=f"{100 * self.rows[-1]['val_accuracy']:.1f}%")
+
+    def fail(self, i, reason):
+        step = (self.epoch - 1) * self.steps_per_epoch + i + 1
+        raise InputError(f"{self.folder}: epoch {self.epoch}, step {step}: {reason}; try a smaller --lr or --amp off")
+
+    def finish(self):
+        """Evaluate, write result.json and return what it says."""
+        train_loss, train_accuracy = evaluate(self.model, self.data, self.data.train_images, self.data.train_labels)
+        val_loss, val_accuracy = evaluate(self.model, self.data, self.data.val_images, self.data.val_labels)
+        result = {
+            "reached_target": self.reached_target, "epochs": self.epoch, "steps": self.step,
+            "train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy,
+            "gap": val_loss - train_loss, "gap_accuracy": train_accuracy - val_accuracy,
+            "seconds": round(sum(row["seconds"] for row in self.rows), 3),
+        }  # fmt: skip
+        write_json(self.folder / "result.json", result)
+        return result
+
+
+def check_config(config, folder):
+    """Raise InputError where `folder` holds a run with other settings than `config`."""
+    path = Path(folder) / "config.json"
+    if path.exists():
+        there = read_json(path)
+        for key in config.keys() - FREE_TO_CHANGE:
+            if there.get(key) != config[key]:
+                flag = "--" + key.replace("_", "-")
+                raise InputError(f"{path}: {key} is {there.get(key)} there but {config[key]} now; match {flag} or change --out")
+
+
+def train(config, folder, show_progress=True):
+    """Train the run that `config` describes in `folder`, from where it stands. Returns its result (of result.json).
+
+    Raises InputError where the folder holds another run or is in use, a checkpoint can't be read, or the loss is not
+    finite (naming epoch and step; the last finished epoch stays saved).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        check_config(config, folder)
+        if (folder / "result.json").exists():
+            return read_json(folder / "result.json")
+        if not (folder / "config.json").exists():
+            write_json(folder / "config.json", config)
+        run = Run(config, folder)
+        run.start()
+        with tqdm(total=run.total_steps, initial=run.step, desc=folder.name, unit="step", disable=not show_progress, leave=False) as bar:
+            while run.epoch < config["epochs"] and not run.reached_target:
+                run.train_epoch(bar)
+                run.save()
+        return run.finish()

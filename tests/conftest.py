@@ -1,0 +1,39 @@
+"""Shared by the tests: running a script as its user would, but in this process, and small training configs."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from crate.cli import run
+
+torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """script("train", "--model", ...) -> (exit code, stdout, stderr)."""
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})  # one thread, as above
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run(importlib.import_module(name).main)
+        output = capsys.readouterr()
+        return stop.value.code or 0, output.out, output.err
+
+    return call
+
+
+def assert_refused(outcome, *words):
+    """Exit code 2 and one line on stderr (after argparse's usage, if any) that holds all `words`; no traceback."""
+    code, _, error = outcome
+    assert code == 2
+    assert "Traceback" not in error
+    line = error.strip().splitlines()[-1]
+    assert "error: " in line
+    for word in words:
+        assert word in line, f"{word!r} not in {line!r}"

@@ -1,0 +1,282 @@
+"""The training loop and train.py: schedules, determinism, resume, stopping, AMP, bad input."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from crate import training
+from crate.checkpoint import load_checkpoint
+from crate.cli import InputError
+from crate.config import DATASETS, DEFAULTS
+from crate.training import Run, learning_rate, resolve_amp, srr_layers, train
+from tests.conftest import assert_refused
+
+SMALL = ("--width", 12, "--heads", 3, "--depth", 2, "--patch-size", 4, "--epochs", 2, "--batch-size", 100)
+SMALL += ("--train-subset", 250, "--device", "cpu")
+
+
+def config(**changes):
+    size, channels, classes = DATASETS["digits"]
+    base = DEFAULTS | dict(dataset="digits", patch_size=4, image_size=size, channels=channels, classes=classes, width=12, heads=3, depth=2)
+    base |= dict(epochs=3, batch_size=100, train_subset=250, lr=1e-2, dropout=0.1, srr_reg=1e-3, srr_layer="random")
+    return base | dict(log_srr_every=2, data_dir="data", device="cpu", amp="off", compile=False) | changes
+
+
+def log(folder):
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def weights(folder):
+    return load_checkpoint(folder / "last.pt")["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_learning_rate_is_a_cosine_of_the_step():
+    steps = np.arange(101)
+    expected = 0.3 * np.cos(np.pi * steps / 200) ** 2  # the half-angle form
+    np.testing.assert_allclose([learning_rate(s, 100, 0.3, "cosine") for s in steps], expected, atol=1e-12)
+    assert {learning_rate(s, 100, 0.3, "constant") for s in steps} == {0.3}
+
+
+def test_srr_layers():
+    assert srr_layers("last", 4, 2) == [[3], [3]]
+    assert srr_layers("all", 3, 1) == [[0, 1, 2]]
+    assert srr_layers("1", 4, 1) == [[0]]
+    drawn = [layer for (layer,) in srr_layers("random", 4, 4000)]
+    assert np.all(np.abs(np.bincount(drawn, minlength=4) - 1000) < 150)  # about 5.5 standard deviations
+
+
+def test_same_seed_same_run_and_other_seed_another(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(config(seed=seed), tmp_path / name, False)
+    assert log(tmp_path / "a") == log(tmp_path / "b")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert log(tmp_path / "a") != log(tmp_path / "c")
+
+
+@pytest.mark.parametrize("changes", [{}, {"amp": "fp16"}, {"augment": "basic", "srr_reg": 0.0}], ids=["srr", "fp16", "augment"])
+def test_resumed_run_repeats_the_uninterrupted_one(tmp_path, changes, monkeypatch):
+    train(config(**changes), tmp_path / "whole", False)
+
+    real, saves = Run.save, []
+
+    def save_then_die(self):
+        real(self)
+        saves.append(self.epoch)
+        # the next epoch's row is in the log when the process dies, its checkpoint isn't
+        with open(self.folder / "log.jsonl", "a") as stream:
+            stream.write('{"epoch": 99, "val_loss"')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save", save_then_die)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(config(**changes), tmp_path / "cut", False)
+    monkeypatch.setattr(Run, "save", real)
+    train(config(**changes), tmp_path / "cut", False)
+    assert saves == [1, 2]
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_log_rows_and_result(tmp_path):
+    result = train(config(), tmp_path / "run", False)
+    rows = log(tmp_path / "run")
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows] == [0, 3, 6, 9]  # the last, partial batch is used
+    assert [("srr" in row) for row in rows] == [True, False, True, False]
+    assert set(rows[0]["srr"][0]) == {"l0", "rate_subspaces", "rate", "srr"} and len(rows[0]["srr"]) == 2
+    assert rows[-1]["val_loss"] == result["val_loss"]
+    assert result["gap"] == result["val_loss"] - result["train_loss"] and result["reached_target"] is None
+    assert not same(weights(tmp_path / "run"), load_checkpoint(tmp_path / "run" / "init.pt")["model"])
+
+
+def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch):
+    first = train(config(), tmp_path / "run", False)
+    monkeypatch.setattr(training, "Run", None)
+    assert train(config(), tmp_path / "run", False) == first
+
+
+def test_stop_at_loss(tmp_path):
+    result = train(config(stop_at_loss=1.5, epochs=50, srr_reg=0.0, dropout=0.0), tmp_path / "stop", False)
+    assert result["reached_target"] is True and result["train_loss"] < 1.5 and result["epochs"] < 50
+    result = train(config(stop_at_loss=1e-6, epochs=2), tmp_path / "miss", False)
+    assert result["reached_target"] is False and result["epochs"] == 2
+
+
+@pytest.mark.parametrize("before, checks", [(1.0, 1), (0.04, 2), (0.02, 4), (0.012, 8)])
+def test_stopping_criterion_is_checked_more_often_near_the_target(tmp_path, monkeypatch, before, checks):
+    run = Run(config(batch_size=10, stop_at_loss=1e-9), tmp_path)  # 25 steps an epoch
+    run.start()
+    run.train_loss = before
+    evaluated = []
+    monkeypatch.setattr(training, "evaluate", lambda model, data, images, labels: evaluated.append((run.step, len(labels))) or (before, 0))
+    run.train_epoch(training.tqdm(disable=True))
+    assert [step for step, n in evaluated if n == 250] == [math.ceil(25 * (i + 1) / checks) for i in range(checks)]
+
+
+def test_non_finite_loss_names_epoch_and_step_and_keeps_the_last_epoch(tmp_path, monkeypatch):
+    real = Run.train_step
+
+    def poisoned(self, images, labels, layers):
+        return real(self, images * math.nan if self.step == 4 else images, labels, layers)
+
+    monkeypatch.setattr(Run, "train_step", poisoned)
+    with pytest.raises(InputError, match=r"epoch 2, step 5: the loss is nan"):
+        train(config(srr_reg=0.0), tmp_path / "ce", False)
+    assert load_checkpoint(tmp_path / "ce" / "last.pt")["epoch"] == 1
+    with pytest.raises(InputError, match=r"epoch 2, step 5: layer \d: I \+ c Z\^T Z is not positive definite"):
+        train(config(), tmp_path / "srr", False)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_amp_trains(tmp_path, amp):
+    result = train(config(amp=amp, epochs=10, dropout=0.0), tmp_path / "run", False)
+    assert result["train_loss"] < log(tmp_path / "run")[0]["val_loss"] - 0.3
+    scaler = load_checkpoint(tmp_path / "run" / "last.pt")["scaler"]
+    assert ("scale" in scaler) == (amp == "fp16")
+
+
+def test_srr_in_the_loss_lowers_srr(tmp_path):
+    srr = {eta: train_and_measure(config(srr_reg=eta, srr_layer="all", epochs=15), tmp_path / str(eta)) for eta in (0.0, 0.1)}
+    assert srr[0.1] < srr[0.0]
+
+
+def train_and_measure(settings, folder):
+    train(settings | {"log_srr_every": 15}, folder, False)
+    return np.mean([layer["srr"] for layer in log(folder)[-1]["srr"]])
+
+
+def test_amp_without_support(monkeypatch):
+    assert resolve_amp("auto", torch.device("cpu")) == "off"
+
+    def refuse(*_):
+        raise RuntimeError("not implemented for 'Half'")
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", refuse)
+    with pytest.raises(InputError, match="--amp fp16: cpu has no support"):
+        resolve_amp("fp16", torch.device("cpu"))
+
+
+def test_nothing_in_an_epoch_waits_for_the_device(tmp_path, monkeypatch):
+    run = Run(config(batch_size=10), tmp_path)
+    run.start()
+    counts = {"item": 0, "cpu": 0, "tolist": 0, "__bool__": 0, "__float__": 0, "nonzero": 0}
+    for name in counts:
+        real = getattr(torch.Tensor, name)
+
+        def counted(self, *a, _name=name, _real=real, **k):
+            counts[_name] += 1
+            return _real(self, *a, **k)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    run.train_epoch(training.tqdm(disable=True))
+    assert run.step == 25
+    assert counts.pop("__bool__") <= 1 + 2 * 25  # the loss of the epoch; on CPU alone, each Cholesky factor's success
+    assert sum(counts.values()) < 12, counts  # per epoch, not per step
+
+
+def test_grid_shards_and_skipping(script, tmp_path):
+    grid = ("--model", "crate-c", "crate", "--seed", 0, 1, "--srr-reg", 0, 0.1, *SMALL)
+    for shard in ("1/2", "2/2", "2/2"):
+        assert script("train", *grid, "--out", tmp_path / "shards", "--shard", shard)[0] == 0
+    names = sorted(path.name for path in (tmp_path / "shards").iterdir())
+    assert len(names) == 8 and "crate_d12_b100_lr0.001_p0_eta0.1_last_s1" in names
+    code, out, _ = script("train", *grid, "--out", tmp_path / "shards")
+    assert code == 0 and "8 runs" in out and "8 finished" in out
+    assert script("train", *grid, "--out", tmp_path / "jobs", "--jobs", 2)[0] == 0
+    assert sorted(path.name for path in (tmp_path / "jobs").iterdir()) == names
+    for name in names:
+        assert log(tmp_path / "jobs" / name) == log(tmp_path / "shards" / name)
+
+
+def test_config_holds_every_flag(script, tmp_path):
+    assert script("train", *SMALL, "--out", tmp_path)[0] == 0
+    (folder,) = tmp_path.iterdir()
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored.keys() >= DEFAULTS.keys() | {"preset", "parameters", "versions", "commit", "channels", "classes"}
+    assert stored["preset"] == "laptop" and stored["width"] == 12 and stored["dataset"] == "digits"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--dataset", "mnist"), ("--dataset", "digits")),
+        (("--model", "resnet"), ("--model", "crate-c")),
+        (("--width", 97), ("--width 97", "--heads 3")),
+        (("--patch-size", 3), ("--image-size 8", "--patch-size 3")),
+        (("--srr-layer", 13), ("--srr-layer 13", "1 to 2")),
+        (("--srr-layer", "first"), ("--srr-layer first", "last")),
+        (("--srr-reg", -1), ("--srr-reg",)),
+        (("--lr", "nan"), ("--lr",)),
+        (("--lr", 0), ("--lr",)),
+        (("--dropout", 1), ("--dropout",)),
+        (("--batch-size", 2.5), ("--batch-size",)),
+        (("--shard", "3/2"), ("--shard 3/2",)),
+        (("--shard", "x"), ("--shard x",)),
+        (("--device", "warp"), ("--device warp", "cpu")),
+        (("--train-subset", 5000), ("--train-subset", "1437")),
+        (("--out", "/proc/nowhere"), ("--out /proc/nowhere",)),
+        (("--dataset", "cifar10", "--data-dir", "/proc/nowhere", "--train-subset", 10), ("/proc/nowhere", "--dataset digits")),
+    ],
+)
+def test_bad_flags(script, tmp_path, flags, words):
+    out = () if "--out" in flags else ("--out", tmp_path)
+    assert_refused(script("train", *SMALL, *out, *flags), *words)
+
+
+def test_other_flags_than_the_folder_was_made_with(script, tmp_path):
+    assert script("train", *SMALL, "--out", tmp_path)[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert_refused(script("train", *SMALL, "--out", tmp_path, "--epochs", 9), "config.json", "--epochs", "--out")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 nonsense", "half", "other model"])
+def test_broken_checkpoint(script, tmp_path, content):
+    assert script("train", *SMALL, "--out", tmp_path)[0] == 0
+    (folder,) = tmp_path.iterdir()
+    (folder / "result.json").unlink()
+    last = folder / "last.pt"
+    if content == "half":
+        content = last.read_bytes()[: last.stat().st_size // 2]
+    if content == "other model":
+        assert script("train", *SMALL, "--out", tmp_path, "--model", "crate")[0] == 0
+        content = next(tmp_path.glob("crate_*/last.pt")).read_bytes()
+    last.write_bytes(content)
+    assert_refused(script("train", *SMALL, "--out", tmp_path), "last.pt")
+    assert last.read_bytes() == content
+
+
+def test_folder_in_use(tmp_path):
+    with training.locked(tmp_path), pytest.raises(InputError, match="another process"):
+        train(config(), tmp_path, False)
+
+
+def test_one_failing_run_does_not_stop_the_others(script, tmp_path):
+    assert script("train", *SMALL, "--out", tmp_path, "--seed", 0, 1, 2)[0] == 0
+    for path in tmp_path.glob("*_s[012]/result.json"):
+        path.unlink()
+    next(tmp_path.glob("*_s1/last.pt")).write_bytes(b"")
+    for jobs in (1, 2):
+        code, out, error = script("train", *SMALL, "--out", tmp_path, "--seed", 0, 1, 2, "--jobs", jobs)
+        assert code == 2 and "_s1/last.pt" in out + error
+        assert len(list(tmp_path.glob("*/result.json"))) == 2
+
+
+@pytest.mark.slow
+def test_compile(tmp_path):
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile on CPU needs g++")
+    plain = train(config(dropout=0.0), tmp_path / "plain", False)
+    compiled = train(config(dropout=0.0, compile=True), tmp_path / "compiled", False)
+    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
+    assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "plain").keys()
