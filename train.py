@@ -10,6 +10,7 @@ Every run has its own folder below --out. Finished runs are skipped, unfinished 
 import argparse
 import itertools
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def resolve(arguments, torch):
     base = {"preset": preset, **DEFAULTS, **PRESETS[preset], **flags}
     base |= {"data_dir": arguments.data_dir, "device": str(device), "amp": resolve_amp(arguments.amp, device)}
     base |= {"compile": arguments.compile, **provenance()}
+    base["command"] = shlex.join(["python", "train.py", *sys.argv[1:]])
     native_size, base["channels"], base["classes"] = DATASETS[base["dataset"]]
     base["image_size"] = base["image_size"] or native_size
 

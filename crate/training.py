@@ -20,7 +20,7 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SRR_IMAGES = 512  # layer-wise SRR is logged on the first so many training images
 # Below a loss of x the stopping criterion is checked n times an epoch, so that fast runs don't overshoot (RGM's rule).
 CHECKS_PER_EPOCH = ((0.015, 8), (0.025, 4), (0.05, 2), (math.inf, 1))
-FREE_TO_CHANGE = {"device", "data_dir", "versions", "commit"}  # may differ between a run and its resumption
+FREE_TO_CHANGE = {"device", "data_dir", "versions", "commit", "command"}  # may differ between a run and its resumption
 
 
 def learning_rate(step, total_steps, initial, schedule):

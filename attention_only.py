@@ -1,0 +1,67 @@
+"""Does a compression step lower the coding rate R^c? Attention alone on Gaussian tokens (Section 4.1; Figs. 1 and 5).
+
+    python attention_only.py                    the paper's setting, five seeds: results/attention_only/
+    python attention_only.py --scale 0.05       tokens small enough for the second-order expansion: rule (b) compresses
+
+Writes rates.csv (R^c around every step), log.csv (the curves of Fig. 1b), fig_1a.png, fig_1b.png and fig_5.png.
+"""
+
+import argparse
+
+from crate.cli import InputError, number, output_folder, run
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    positive, rate = number(int, 1), number(float, above=0)
+    add = parser.add_argument
+    add("--tokens", type=positive, default=196, help="N (default: 196)")
+    add("--depth", type=positive, default=12, help="L (default: 12)")
+    add("--width", type=positive, default=384, help="d (default: 384)")
+    add("--heads", type=positive, default=6, help="K (default: 6)")
+    add("--alpha", type=rate, default=1.0, help="step size (default: 1)")
+    add("--gamma", type=rate, default=1.0, help="p / (N eps^2) (default: 1)")
+    add("--scale", type=rate, default=1.0, help="standard deviation of Z^0 (default: 1)")
+    add("--seed", type=number(int, 0), nargs="+", default=[0, 1, 2, 3, 4], metavar="SEED", help="default: 0 to 4")
+    add("--dtype", choices=("float64", "float32"), default="float64")
+    add("--out", default="results/attention_only", help="default: results/attention_only")
+    return parser.parse_args()
+
+
+def main():
+    arguments = parse_arguments()
+    out = output_folder(arguments.out)
+    if len(set(arguments.seed)) < len(arguments.seed):
+        raise InputError(f"--seed {' '.join(map(str, arguments.seed))}: a seed occurs twice; give each once")
+
+    import torch
+    from tqdm import tqdm
+
+    from crate import figures
+    from crate.compression import RULES, compress
+    from crate.files import write_csv
+    from crate.rates import log_approximations
+    from crate.report import attention_table
+
+    settings = {name: getattr(arguments, name) for name in ("tokens", "depth", "width", "heads", "alpha", "gamma", "scale")}
+    settings["dtype"] = getattr(torch, arguments.dtype)
+    rows = []
+    for rule in tqdm(RULES, unit="rule", leave=False):
+        for seed in arguments.seed:
+            rows += compress(rule, seed, **settings)
+    write_csv(out / "rates.csv", rows)
+
+    x = torch.linspace(1, 4, 121, dtype=torch.float64)
+    curves = {"x": x} | log_approximations(x)
+    write_csv(out / "log.csv", [dict(zip(curves, point)) for point in zip(*(values.tolist() for values in curves.values()))])
+
+    titles = {rule: title for rule, (title, _) in RULES.items()}
+    figures.rates_by_layer(rows, {"softmax": titles["softmax"]}, out / "fig_1a.png")
+    figures.log_curves(curves, out / "fig_1b.png")
+    figures.rates_by_layer(rows, titles, out / "fig_5.png")
+    print(attention_table(rows))
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    run(main)
