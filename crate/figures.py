@@ -81,3 +81,76 @@ def layerwise(values, path):
     axes[0, 0].set_ylabel("SRR measure, $\\lambda ||Z||_0 + R^c - R$")
     axes[0, -1].legend(frameon=False, fontsize=8)
     save(figure, path)
+
+
+def scatter(panels, gap, levels, path, *, gap_name, legend=None):
+    """The gap against every measure, a small panel each (Figs. 4, 6).
+
+    panels: {measure: (title, values (models,))}; gap (models,); levels: each model's level of the hyperparameter `legend`, or
+    one and the same. A measure that is positive and spans more than a factor of 100 gets a logarithmic axis.
+    """
+    columns = min(6, math.ceil(len(panels) ** 0.5))
+    figure, axes = canvas(math.ceil(len(panels) / columns), columns, width=2.3, height=2.0, squeeze=False, sharey=True)
+    others = sorted(set(levels) - set(COLOURS), key=_number_first)
+    names = [name for name in COLOURS if name in levels] + others
+    colours = COLOURS | {name: colormaps["viridis"](0.9 * i / max(len(others) - 1, 1)) for i, name in enumerate(others)}
+    size = max(1.0, min(14.0, 3000 / len(gap)))
+    for axis, (name, (title, values)) in zip(axes.flat, panels.items()):
+        finite = [v for v in values if math.isfinite(v)]
+        if finite and min(finite) > 0 and max(finite) > 100 * min(finite):
+            axis.set_xscale("log")
+        for level in names:
+            x, y = zip(*[(v, g) for v, g, own in zip(values, gap, levels) if own == level])
+            axis.scatter(x, y, s=size, color=colours[level], alpha=0.8, linewidths=0, label=level)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel(name, fontsize=8 if len(name) < 24 else 6.5)
+        axis.tick_params(labelsize=7)
+        axis.xaxis.get_offset_text().set_size(7)
+        if axis.get_xscale() == "linear":
+            axis.locator_params(axis="x", nbins=4)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    figure.supylabel(gap_name, fontsize=9)
+    if legend:
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        place = dict(loc="outside upper center", ncols=max(1, min(len(names), 2 * columns)), fontsize=8, title_fontsize=8)
+        figure.legend(handles, labels, title=legend, frameon=False, markerscale=(25 / size) ** 0.5, **place)
+    save(figure, path)
+
+
+def _number_first(level):
+    try:
+        return (0, float(level), level)
+    except ValueError:
+        return (1, 0.0, level)
+
+
+def forest(rows, path, *, label):
+    """tau of every measure with its 95 % interval, highest first. rows: of crate.statistics.correlate, sorted."""
+    figure, axis = canvas(1, 1, width=6.4, height=1.1 + 0.21 * len(rows))
+    for k, row in enumerate(rows):
+        colour = COLOURS["crate-n"] if row["measure"] == "srr" else COLOURS["crate-c"]
+        axis.plot([row["tau_low"], row["tau_high"]], [k, k], color=colour, linewidth=1.5)
+        axis.plot(row["tau"], k, "o", color=colour, markersize=4)
+    axis.axvline(0, color=GREY, linewidth=0.8)
+    axis.set(xlim=(-1.03, 1.03), ylim=(len(rows) - 0.4, -0.6), xlabel=label)
+    axis.set_yticks(range(len(rows)), [row["measure"] for row in rows], fontsize=8)
+    axis.grid(axis="x", alpha=0.3)
+    save(figure, path)
+
+
+def rank_heatmap(names, matrix, path, *, label):
+    """Rank correlations between measures, a (names, names) matrix, with the value written in each cell."""
+    inches = 1.2 + 0.29 * len(names)
+    figure, axis = canvas(1, 1, width=inches + 2, height=inches + 1)
+    shown = axis.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+    for a, line in enumerate(matrix):
+        for b, value in enumerate(line):
+            if math.isfinite(value):
+                text = f"{value:.2f}".replace("0.", ".").replace("-.00", ".00")
+                axis.text(b, a, text, ha="center", va="center", fontsize=5.5, color="white" if abs(value) > 0.6 else "black")
+    axis.set_facecolor("#DDDDDD")  # where a constant measure has no correlation
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    figure.colorbar(shown, ax=axis, shrink=0.8, label=label)
+    save(figure, path)

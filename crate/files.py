@@ -76,14 +76,20 @@ def read_csv(path):
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
-            rows = list(reader)
+            columns, rows = reader.fieldnames, list(reader)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file")
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a CSV table ({error})")
-    if not reader.fieldnames or not rows:
+    if not columns or not rows:
         raise InputError(f"{path}: the table is empty; expected a header line and at least one row")
     for line, row in enumerate(rows, start=2):
         if None in row or None in row.values():
-            raise InputError(f"{path}: row {line} has another number of fields than the header's {len(reader.fieldnames)}")
+            raise InputError(f"{path}: row {line} has another number of fields than the header's {len(columns)}")
     return rows
+
+
+def markdown_table(header, rows):
+    """A table in Markdown: `header` and each row are sequences of cells."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"

@@ -18,7 +18,7 @@ def keep_mask(tensor, p):
     Sixteen bits of a 64-bit draw decide on an element, several times faster than F.dropout's draws on CPU; p is rounded to
     a multiple of 2^-16, and the factor is that of the rounded p.
     """
-    dropped = round(p * 2**16)
+    dropped = min(round(p * 2**16), 2**16 - 1)
     draws = torch.empty(tensor.numel() // 4 + 1, dtype=torch.int64, device=tensor.device).random_(-(2**63), None)
     bits = draws.view(torch.int16)[: tensor.numel()].view(tensor.shape)
     return bits >= dropped - 2**15, 1 / (1 - dropped / 2**16)

@@ -65,9 +65,9 @@ def build_model(name, *, image_size, patch_size, channels, classes, width, depth
     """A randomly initialised model of VARIANTS. Raises InputError where the name is unknown or sizes don't fit."""
     if name not in VARIANTS:
         raise InputError(f"--model {name}: unknown; choose from {', '.join(VARIANTS)}")
-    if width % heads:
+    if heads < 1 or width % heads:
         raise InputError(f"--width {width} is not divisible by --heads {heads}")
-    if image_size % patch_size:
+    if patch_size < 1 or image_size % patch_size:
         raise InputError(f"--image-size {image_size} is not divisible by --patch-size {patch_size}")
     if not 0 <= dropout < 1:
         raise InputError(f"--dropout {dropout}: must be at least 0 and below 1")
@@ -110,9 +110,11 @@ def from_released_crate(state_dict, heads):
             name = re.sub("^" + pattern, ours, name)
         renamed[name] = tensor
     try:
-        patch_dim = renamed["patch_embedding.1.weight"].shape[1]
+        _, patch_dim = renamed["patch_embedding.1.weight"].shape
         _, tokens, width = renamed["pos_embedding"].shape
-        classes = len(renamed["head.1.weight"])
+        classes, _ = renamed["head.1.weight"].shape
+        if min(patch_dim, width, classes, tokens - 1) < 1:
+            raise ValueError("a size")
     except (KeyError, ValueError, AttributeError) as error:
         raise InputError(f"not a released CRATE checkpoint: {error} is missing or malformed")
     channels = 3 if math.isqrt(patch_dim // 3) ** 2 * 3 == patch_dim else 1  # 3 p^2 is never a square

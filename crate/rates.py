@@ -44,9 +44,10 @@ def _factor(tokens, coefficient):
     gram = coefficient * (rows @ columns)
     gram.diagonal(dim1=-2, dim2=-1).add_(1)
     factor, info = torch.linalg.cholesky_ex(gram)
+    failed = (info != 0) | factor.diagonal(dim1=-2, dim2=-1).isinf().any(-1)  # an infinite 1 x 1 Gram has a root
     if tokens.is_cuda:  # a check here would wait for the device: let NaN travel to the loss, which is checked per epoch
-        return factor.masked_fill((info != 0)[..., None, None], torch.nan)
-    if info.any():
+        return factor.masked_fill(failed[..., None, None], torch.nan)
+    if failed.any():
         raise ValueError("I + c Z^T Z is not positive definite: the tokens are not finite or far too large")
     return factor
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from crate.cli import InputError, output_folder, run
-from crate.compression import RULES
 from crate.config import DEFAULTS, PRESETS, VARIANT_TABLE
-from crate.files import read_csv, read_json, write_csv, write_text
+from crate.files import markdown_table, read_csv, read_json, write_csv, write_text
 
 COLUMNS = (*DEFAULTS, "preset", "device", "amp", "parameters", "commit", "command")
 RESULTS = (
@@ -82,12 +81,6 @@ def paired(with_srr, without):
     return f"{np.mean(a - b):+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
 
 
-def table(header, rows):
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
 def names(rows):
     """The model types that occur, in the order of the table of variants."""
     return [name for name in VARIANT_TABLE if any(row["model"] == name for row in rows)]
@@ -103,7 +96,7 @@ def table_2(rows):
             regularised = accuracies(rows, model=model, srr_reg=eta, srr_layer="last")
             if plain and regularised:
                 lines.append([model, eta, spread(plain.values()), spread(regularised.values()), paired(regularised, plain)])
-    return table(["model", "eta", "cross-entropy", "cross-entropy + SRR", "difference, 95 % interval"], lines)
+    return markdown_table(["model", "eta", "cross-entropy", "cross-entropy + SRR", "difference, 95 % interval"], lines)
 
 
 def table_3(rows):
@@ -113,7 +106,7 @@ def table_3(rows):
         plain = accuracies(rows, model=model, srr_reg="0.0")
         parameters = next(row["parameters"] for row in rows if row["model"] == model)
         lines.append([model, VARIANT_TABLE[model][2].split(": ", 1)[1], f"{int(parameters):,}", spread(plain.values())])
-    return table(["model", "compression step", "parameters", "validation accuracy"], lines)
+    return markdown_table(["model", "compression step", "parameters", "validation accuracy"], lines)
 
 
 def table_4(rows):
@@ -125,7 +118,7 @@ def table_4(rows):
     for name, key, scale in (("epochs", "epochs", 1), ("validation accuracy, %", "val_accuracy", 100), ("gap (loss)", "gap", 1)):
         values = [scale * float(row[key]) for row in rows]
         lines.append([name, f"{min(values):.4g} to {max(values):.4g}, median {np.median(values):.4g}"])
-    return table(["", "values"], lines) + ("\nMissed the target: " + ", ".join(missed) + "\n" if missed else "")
+    return markdown_table(["", "values"], lines) + ("\nMissed the target: " + ", ".join(missed) + "\n" if missed else "")
 
 
 def table_6(rows):
@@ -142,7 +135,7 @@ def table_6(rows):
             name = f"last ({depth})" if layer == "last" else layer
             chosen = accuracies(rows, model=model, srr_reg=eta, srr_layer=layer)
             lines.append([model, name, eta, spread(chosen.values()), paired(chosen, plain)])
-    return table(["model", "layer", "eta", "validation accuracy", "difference to none, 95 % interval"], lines)
+    return markdown_table(["model", "layer", "eta", "validation accuracy", "difference to none, 95 % interval"], lines)
 
 
 def figure_2(rows, layers, path):
@@ -165,11 +158,13 @@ def provenance_table(rows):
         key = (row["command"], (row["commit"] or "unknown")[:10], row["torch"], f"{row['device']} ({row['processor']})")
         groups.setdefault(key, []).append(float(row["seconds"]))
     lines = [[f"`{key[0]}`", *key[1:], len(s), f"{sum(s):.0f}"] for key, s in groups.items()]
-    return table(["command", "commit", "torch", "device", "runs", "seconds of training, summed"], lines)
+    return markdown_table(["command", "commit", "torch", "device", "runs", "seconds of training, summed"], lines)
 
 
 def attention_table(rows):
     """R^c around the steps of each update rule, mean ± standard deviation over seeds (Figs. 1, 5)."""
+    from crate.compression import RULES
+
     lines = []
     for rule, (title, _) in RULES.items():
         own = [row for row in rows if row["rule"] == rule]
@@ -181,7 +176,7 @@ def attention_table(rows):
         rates = [spread(row[when] for row in part) for part, when in ((first, "before"), (first, "after"), (last, "after"))]
         lines.append([title, *rates, f"{rises} of {len(finite)}", overflow])
     header = ["update", "R^c before layer 1", "after layer 1", "after its last layer", "steps that raise R^c", "overflow at layer"]
-    return table(header, lines)
+    return markdown_table(header, lines)
 
 
 def section(title, *parts):

@@ -2,7 +2,7 @@
 
 import torch
 
-from crate.rates import coding_rate, subspace_coding_rate
+from crate.rates import coding_rate, full, subspace_coding_rate
 
 
 def _rates(model, tokens, layer, gamma):
@@ -24,11 +24,14 @@ def layer_srr(model, images, sparsity=0.1, gamma=1.0, chunk=256):
     training = model.training
     model.eval()
     sums = torch.zeros(len(model.layers), 3, dtype=torch.float64, device=images.device)
-    for part in images.split(chunk):
-        for layer, tokens in enumerate(model.layer_outputs(part)):
-            compressed, rate = _rates(model, tokens, layer, gamma)
-            sums[layer] += torch.stack([tokens.count_nonzero().double(), compressed.double().sum(), rate.double().sum()])
-    model.train(training)
+    try:
+        for part in images.split(chunk):
+            for layer, tokens in enumerate(model.layer_outputs(part)):
+                compressed, rate = _rates(model, tokens, layer, gamma)
+                parts = tokens.count_nonzero().double(), compressed.double().sum(), rate.double().sum()
+                sums[layer] += torch.stack(parts)
+    finally:
+        model.train(training)
     return [
         {"l0": l0, "rate_subspaces": compressed, "rate": rate, "srr": sparsity * l0 + compressed - rate}
         for l0, compressed, rate in (sums / len(images)).tolist()
@@ -50,12 +53,14 @@ def add_srr_gradients(model, outputs, layers, weight, sparsity=0.1, gamma=1.0, n
         compressed, rate = _rates(model, tokens, layer, gamma)
         objective = (compressed - rate).mean()
         if norm == "l1":
-            objective = objective + sparsity * tokens.abs().sum() / len(tokens)
+            objective = objective + sparsity * full(tokens).abs().sum() / len(tokens)
             measure = objective.detach()
         else:
-            measure = objective.detach() + sparsity * tokens.count_nonzero() / len(tokens)
+            measure = objective.detach() + sparsity * tokens.count_nonzero().to(rate.dtype) / len(tokens)
         parameters = [p for p in model.layers[layer].parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(objective * (weight / len(layers)), parameters, retain_graph=True)
+        gradients = []  # of a frozen layer
+        if parameters:
+            gradients = torch.autograd.grad(objective * (weight / len(layers)), parameters, retain_graph=True)
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         total = total + measure / len(layers)

@@ -11,19 +11,24 @@ from crate.cli import run
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 
 
+def run_script(monkeypatch, name, *arguments):
+    """The exit code of a script, run in this process on one thread."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        run(importlib.import_module(name).main)
+    return stop.value.code or 0
+
+
 @pytest.fixture
 def script(monkeypatch, capsys):
     """script("train", "--model", ...) -> (exit code, stdout, stderr)."""
 
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})  # one thread, as above
-
     def call(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            run(importlib.import_module(name).main)
+        code = run_script(monkeypatch, name, *arguments)
         output = capsys.readouterr()
-        return stop.value.code or 0, output.out, output.err
+        return code, output.out, output.err
 
     return call
 

@@ -1,0 +1,120 @@
+"""Tables and figures out of run folders."""
+
+import json
+import statistics
+
+import pytest
+from scipy import stats
+
+from crate import report
+from crate.config import DEFAULTS, PRESETS
+from crate.files import read_csv
+from tests.conftest import assert_refused, run_script
+
+FLAGS = ("--width", 12, "--heads", 3, "--depth", 2, "--patch-size", 4, "--train-subset", 200, "--device", "cpu")
+
+
+def row(**changes):
+    """A line of runs.csv at the laptop preset's settings."""
+    settings = DEFAULTS | PRESETS["laptop"] | {"preset": "laptop"}
+    settings |= {"max_epochs": settings.pop("epochs"), "parameters": 1000, "val_accuracy": 0.5, "stop_at_loss": "", "run": "r"}
+    return {key: str(value) for key, value in (settings | changes).items()}
+
+
+def cells(markdown):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.strip().splitlines()]
+
+
+def test_table_2_pairs_by_seed():
+    plain, srr = [0.90, 0.92, 0.97], [0.93, 0.93, 0.99]
+    rows = [row(seed=s, val_accuracy=a) for s, a in enumerate(plain)]
+    rows += [row(seed=s, val_accuracy=a, srr_reg=0.001) for s, a in reversed(list(enumerate(srr)))]
+    rows += [row(seed=9, val_accuracy=0.1, srr_reg=0.001, srr_layer="1")]  # another layer belongs to Table 6
+    (line,) = cells(report.table_2(rows))[2:]
+    interval = stats.t.interval(0.95, 2, 2, statistics.stdev([3, 1, 2]) / 3**0.5)
+    assert line[:2] == ["crate-c", "0.001"]
+    assert line[2] == f"93.00 ± {100 * statistics.stdev(plain):.2f} (n = 3)" and line[3].startswith("95.00 ± ")
+    assert line[4] == f"+2.00 [{interval[0]:+.2f}, {interval[1]:+.2f}]"
+
+
+def test_table_3_counts_parameters_and_leaves_out_srr():
+    rows = [row(model="crate", parameters=12345), row(model="crate-fix"), row(model="crate", srr_reg=0.1, val_accuracy=1)]
+    lines = cells(report.table_3(rows))[2:]
+    assert [line[0] for line in lines] == ["crate", "crate-fix"]
+    assert lines[0][2:] == ["12,345", "50.00 (n = 1)"]
+
+
+def test_table_4_names_the_runs_that_missed():
+    rows = [row(run=f"run{i}", lr=lr, reached_target=i != 1, gap=i, epochs=5) for i, lr in enumerate((0.001, 0.01, 0.001))]
+    text = report.table_4(rows)
+    table = dict(line[:2] for line in cells(text.split("\n\n")[0]))
+    assert table["lr"] == "0.01, 0.001" or table["lr"] == "0.001, 0.01"
+    assert table["runs"] == "3" and table["reached the target"] == "2"
+    assert table["gap (loss)"] == "0 to 2, median 1" and "run1" in text and "run0" not in text
+
+
+def test_table_6_orders_layers_and_compares_with_none():
+    rows = [row(val_accuracy=0.5)]
+    rows += [row(srr_reg=0.001, srr_layer=layer, val_accuracy=0.6) for layer in ("last", "2", "random", "10", "all")]
+    lines = cells(report.table_6(rows))[2:]
+    assert [line[1] for line in lines] == ["none", "2", "10", "all", "last (4)", "random"]
+    assert lines[1][4] == "+10.00"
+
+
+def test_only_runs_at_the_presets_settings_enter_the_tables():
+    rows = [row(), row(width=48), row(lr=0.5), row(max_epochs=2), row(stop_at_loss=0.01), row(model="crate", srr_reg=0.1)]
+    assert report.at_preset(rows) == [rows[0], rows[5]]
+
+
+def test_attention_table():
+    rows = [
+        {"rule": "exact", "seed": "0", "layer": 1, "before": 4.0, "after": 3.0, "overflow": False},
+        {"rule": "exact", "seed": "0", "layer": 2, "before": 3.0, "after": 3.5, "overflow": False},
+        {"rule": "exact", "seed": "0", "layer": 3, "before": 3.5, "after": None, "overflow": True},
+    ]
+    line = next(line for line in cells(report.attention_table(rows)) if line[0].startswith("(a)"))
+    assert line[1:] == ["4.00 (n = 1)", "3.00 (n = 1)", "3.50 (n = 1)", "1 of 2", "3"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run folders of two models and two seeds, with layer-wise SRR at initialisation and after the second epoch."""
+    out = tmp_path_factory.mktemp("runs")
+    flags = ("--model", "crate-c", "crate", "--seed", 0, 1, "--epochs", 2, "--log-srr-every", 2, "--out", out)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert run_script(monkeypatch, "train", *flags, *FLAGS) == 0
+    return out
+
+
+def test_collect(runs, tmp_path):
+    report.collect(runs, tmp_path)
+    rows, layers = read_csv(tmp_path / "runs.csv"), read_csv(tmp_path / "layers.csv")
+    assert len(rows) == 4 and {r["max_epochs"] for r in rows} == {"2"}
+    assert {(r["epoch"], r["layer"]) for r in layers} == {("0", "1"), ("0", "2"), ("2", "1"), ("2", "2")} and len(layers) == 16
+    for r in rows:
+        result = json.loads((runs / r["run"] / "result.json").read_text())
+        assert float(r["gap"]) == result["val_loss"] - result["train_loss"]
+        assert "train.py" in r["command"] and r["width"] == "12"
+
+
+def test_report_is_rebuilt_from_its_tables_alone(runs, tmp_path, script, monkeypatch):
+    preset = PRESETS["laptop"] | dict(width=12, depth=2, epochs=2, patch_size=4)  # what the tables select
+    monkeypatch.setitem(report.PRESETS, "laptop", preset)
+    assert script("attention_only", "--tokens", 9, "--depth", 2, "--width", 12, "--heads", 3, "--out", tmp_path / "a")[0] == 0
+    flags = ("--results", tmp_path / "r", "--attention", tmp_path / "a")
+    assert script("crate.report", "--runs", runs, *flags)[0] == 0
+    text = (tmp_path / "r" / "REPORT.md").read_text()
+    for word in ("Fig. 5", "Fig. 1b", "Table 3", "crate-c", "Where the numbers come from", "train.py", "(n = 2)"):
+        assert word in text
+    for line in text.splitlines():
+        if line.startswith("!["):
+            assert (tmp_path / "r" / line.split("](")[1].rstrip(")")).stat().st_size > 5000, line
+    assert "fig_2.png" in text and "nan" not in text.lower()
+    assert script("crate.report", *flags)[0] == 0
+    assert (tmp_path / "r" / "REPORT.md").read_text() == text
+
+
+def test_nothing_to_report(script, tmp_path):
+    assert_refused(script("crate.report", "--results", tmp_path / "r", "--attention", tmp_path), "--results", "stages")
+    assert_refused(script("crate.report", "--results", tmp_path / "r", "--runs", tmp_path), "--runs", "no finished run")
+    assert_refused(script("crate.report", "--results", "/proc/nowhere"), "--results /proc/nowhere")
