@@ -16,6 +16,7 @@ from pathlib import Path
 
 from crate.cli import InputError, number, output_folder, run
 from crate.config import DATASETS, DEFAULTS, PRESETS, VARIANT_TABLE
+from crate.parallel import gpus_of, parallel
 
 
 def parse_arguments():
@@ -99,49 +100,17 @@ def resolve(arguments, torch):
     return preset, configs
 
 
-def take_gpu(gpus):
-    """In a worker process, before torch is imported: one GPU of its own."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
-
-
 def train_one(config, folder, threads, show_progress):
-    """Train one run; an InputError comes back as its message, so that the other runs go on."""
+    """Train one run: its folder's name, its result and None, or None and an error, so that the other runs go on."""
     import torch
 
     from crate.training import train
 
     torch.set_num_threads(threads)
     try:
-        return train(config, folder, show_progress), None
+        return folder.name, train(config, folder, show_progress), None
     except InputError as error:
-        return None, str(error)
-
-
-def train_all(configs, out, jobs, threads, gpus):
-    """Yield (name, result or None, error or None) for every run as it ends, `jobs` at a time."""
-    if jobs == 1:
-        for name, config in configs.items():
-            yield name, *train_one(config, out / name, threads, True)
-        return
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    for job in range(jobs):
-        queue.put(gpus[job % len(gpus)] if gpus else "")
-    # The largest models first: a long run that starts last would leave the other processes idle.
-    order = sorted(configs, key=lambda name: -configs[name]["parameters"] / configs[name]["batch_size"])
-    with ProcessPoolExecutor(jobs, context, take_gpu, (queue,)) as pool:
-        try:
-            futures = {pool.submit(train_one, configs[name], out / name, threads, False): name for name in order}
-            for future in as_completed(futures):
-                yield futures[future], *future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
+        return folder.name, None, str(error)
 
 
 def main():
@@ -156,28 +125,32 @@ def main():
     import torch
     from tqdm import tqdm
 
+    from crate.data import load_data
     from crate.training import check_config
 
     preset, configs = resolve(arguments, torch)
     out = output_folder(arguments.out or Path("runs") / preset)
     configs = dict(list(configs.items())[shard - 1 :: shards])
+    if not configs:
+        raise InputError(f"--shard {arguments.shard}: there are fewer runs than shards")
     for name, config in configs.items():
         check_config(config, out / name)
-    first = next(iter(configs.values()), None)
-    if first is None:
-        raise InputError(f"--shard {arguments.shard}: there are fewer runs than shards")
     pending = {name: config for name, config in configs.items() if not (out / name / "result.json").exists()}
+    first = next(iter(configs.values()))
     print(
         f"preset {preset}: {first['dataset']}, L = {first['depth']}, K = {first['heads']}, on {first['device']}; "
         f"{len(configs)} runs in {out}, {len(configs) - len(pending)} finished"
     )
+    if pending:  # once for all: a missing data set is reported at once, and downloads don't collide
+        load_data(first["dataset"], first["data_dir"], train_subset=first["train_subset"])
     jobs = min(arguments.jobs, max(len(pending), 1))
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    # The largest models first: a long run that starts last would leave the other processes idle.
+    order = sorted(pending, key=lambda name: -pending[name]["parameters"] / pending[name]["batch_size"])
+    tasks = [(pending[name], out / name, threads, jobs == 1) for name in order]
     failures = 0
     with tqdm(total=len(configs), initial=len(configs) - len(pending), desc="runs", unit="run", disable=len(configs) == 1) as bar:
-        for name, result, error in train_all(pending, out, jobs, threads, gpus):
+        for name, result, error in parallel(train_one, tasks, jobs, gpus_of(first["device"], torch.cuda.device_count())):
             if error:
                 failures += 1
                 tqdm.write(f"train.py: error: {error}", file=sys.stderr)

@@ -1,0 +1,408 @@
+"""Complexity measures of a trained classifier (Section 5, Tables 1 and 5 of the SRR paper).
+
+J-eq. numbers are those of Jiang et al. 2019, "Fantastic Generalization Measures and Where to Find Them". Norms are taken in
+float64. Measuring changes no parameter, mode or random state: perturbed weights enter by `torch.func.functional_call`, noise
+comes from generators of its own. `chunk`, the images of one forward pass, bounds memory and changes results by rounding alone.
+"""
+
+import copy
+import functools
+import hashlib
+import math
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from scipy.optimize import brentq
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from crate.checkpoint import load_checkpoint, load_run, load_weights
+from crate.cli import InputError
+from crate.data import load_data
+from crate.files import read_json
+from crate.model import from_released_crate
+from crate.srr import layer_srr
+from crate.training import evaluate
+
+DROP = 0.1  # training accuracy that PAC-Bayes noise and sharpness may cost
+DROP_RANGE = (0.09, 0.11)  # a drop outside is flagged
+EPS = 1e-3  # of the magnitude-aware bounds
+DIRECTIONS = 10  # noise directions, drawn once per model
+PRECISION = 1e-2  # relative, of the scales found; ten directions leave a noise of several per cent
+ASCENT_STEPS = 4  # of sharpness
+
+# The columns of the table of measures that stand left of the measures.
+SETTINGS = ("model", "dataset", "train_subset", "width", "depth", "heads", "batch_size", "lr", "dropout",
+            "srr_reg", "srr_layer", "seed")  # fmt: skip
+RESULTS = ("reached_target", "steps", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+DETAILS = ("margin", "sigma", "sigma_drop", "sigma_mag", "sigma_mag_drop", "alpha", "alpha_drop", "flags")
+COLUMNS = ("run", *SETTINGS, *RESULTS, "checksum", "images", *DETAILS, "gap", "gap_accuracy")
+
+
+def counted_weights(model):
+    """P_mat of the norms, {name: parameter}: the trainable matrices (patch embedding, U, W, D, head), each once.
+
+    No biases and LayerNorm (vectors), no positions and CLS (three axes), no fixed output matrix (a buffer).
+    """
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
+
+
+def perturbed_parameters(model):
+    """P_all without LayerNorm, {name: parameter}: what noise and ascent move."""
+    fixed = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and p not in fixed}
+
+
+def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
+    """The measures that need only weights and these scalars: {name: float}, raw values (no sqrt(mu / m)), float64.
+
+    weights: the counted matrices W_1..W_d, a sequence or {name: matrix}.
+    initial: the same matrices at initialisation; margin: gamma; examples: m; sigma, sigma_mag: the noise scales at which
+    training accuracy has dropped by 0.1. None for one of them leaves out the measures that need it. A margin <= 0 makes
+    those over the margin NaN.
+    """
+    if isinstance(weights, dict):
+        initial = None if initial is None else [initial[name] for name in weights]
+        weights = list(weights.values())
+    weights = [torch.as_tensor(w).double() for w in weights]
+    d = len(weights)
+
+    def fro(matrices):
+        return torch.stack([w.square().sum() for w in matrices])
+
+    def spec(matrices):
+        return torch.stack([torch.linalg.svdvals(w)[0].square() for w in matrices])
+
+    fro_w, spec_w = fro(weights), spec(weights)
+    omega = sum(w.numel() for w in weights)  # number of counted weights
+    measures = {
+        "params": omega,  # J-eq. 20
+        "l2": fro_w.sum().sqrt(),
+        "param_norm": fro_w.sum(),  # J-eq. 42
+        "log_prod_of_fro": fro_w.log().sum(),  # J-eq. 37
+        "log_sum_of_fro": math.log(d) + fro_w.log().mean(),  # J-eq. 39: d times the geometric mean
+        "log_prod_of_spec": spec_w.log().sum(),  # J-eq. 32
+        "log_sum_of_spec": math.log(d) + spec_w.log().mean(),  # J-eq. 35
+        "sum_of_spec_literal": spec_w.sum(),
+        "fro_over_spec": (fro_w / spec_w).sum(),  # J-eq. 33
+    }
+    if margin is not None:
+        log_margin = math.log(margin) if margin > 0 else math.nan
+        measures["inverse_margin"] = math.exp(-2 * log_margin)  # J-eq. 22
+        for norm in ("fro", "spec"):  # J-eqs. 36, 31 and 38, 34
+            over_margin = measures[f"log_prod_of_{norm}"] - 2 * log_margin
+            measures[f"log_prod_of_{norm}_over_margin"] = over_margin
+            measures[f"log_sum_of_{norm}_over_margin"] = math.log(d) + over_margin / d
+    if initial is not None:
+        initial = [torch.as_tensor(w).double() for w in initial]
+        moved = [w - w0 for w, w0 in zip(weights, initial, strict=True)]
+        dfro = fro(moved)
+        distance = dfro.sum()  # ||w - w0||^2
+        measures["l2_dist"] = distance.sqrt()
+        measures["fro_dist"] = distance  # J-eq. 40
+        measures["dist_spec_init"] = spec(moved).sum()  # J-eq. 41
+        if margin is not None:
+            over_margin = measures["log_prod_of_spec_over_margin"]
+            measures["log_spec_init_main"] = over_margin + (dfro / spec_w).sum().log()  # J-eq. 29
+            measures["log_spec_orig_main"] = over_margin + (fro_w / spec_w).sum().log()  # J-eq. 30
+    if sigma is not None:
+        rest = math.log(examples / sigma) + 10
+        if initial is not None:
+            measures["pacbayes_init"] = distance / (4 * sigma**2) + rest  # J-eq. 48
+        measures["pacbayes_orig"] = fro_w.sum() / (4 * sigma**2) + rest  # J-eq. 49
+        measures["pacbayes_flatness"] = 1 / sigma**2  # J-eq. 53
+    if sigma_mag is not None:
+        if initial is not None:
+            rest = math.log(examples / sigma_mag) + 10
+            denominators = sum((EPS**2 + sigma_mag**2 * w.square()).log().sum() for w in moved)
+            for name, norm in (("init", distance), ("orig", fro_w.sum())):  # J-eqs. 56, 57
+                numerator = (EPS**2 + (sigma_mag**2 + 1) * norm / omega).log()
+                measures[f"pacbayes_mag_{name}"] = (omega * numerator - denominators) / 4 + rest
+        measures["pacbayes_mag_flatness"] = 1 / sigma_mag**2  # J-eq. 61
+    return {name: float(value) for name, value in measures.items()}
+
+
+@contextmanager
+def evaluating(model):
+    """Eval mode without gradients; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def margins(logits, labels):
+    """f(x)_y - max_{j != y} f(x)_j of logits (m, classes), labels (m,): (m,)."""
+    own = labels[:, None]
+    others = logits.scatter(1, own, -math.inf).amax(1)
+    return logits.gather(1, own)[:, 0] - others
+
+
+def margin(model, images, labels, chunk=256):
+    """gamma: the k-th smallest margin over the images, k = floor(m / 10) and at least 1. It may be negative."""
+    with evaluating(model):
+        parts = [margins(model(x).double(), y) for x, y in zip(images.split(chunk), labels.split(chunk))]
+    return torch.cat(parts).kthvalue(max(1, len(labels) // 10)).values.item()
+
+
+def without_layernorm(model):
+    """A copy of the model in float64 with the identity in the place of every LayerNorm."""
+    model = copy.deepcopy(model).double()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.LayerNorm):
+                setattr(module, name, nn.Identity())
+    return model
+
+
+def path_norm(model, image_shape, effective=True):
+    """Path-norm (J-eq. 44): the logits of an all-ones image (C, H, W), summed, in float64, with everything squared.
+
+    LayerNorm is the identity, positions and CLS are zero, the softmax stays; squares of biases and of a fixed output matrix
+    are included. effective=False squares the parameters in an otherwise unchanged forward pass (so ISTA and CRATE-N keep
+    their minus signs, and it may be zero or negative). effective=True squares each *effective* matrix: ISTA becomes
+    ReLU((M * M) z) with M = I + beta (D^T - D^T D), without threshold, and every residual adds.
+    """
+    squared = without_layernorm(model)
+    with evaluating(squared):
+        steps = [layer.ista.matrix().square() for layer in squared.layers]
+        for tensor in (*squared.parameters(), *squared.buffers()):
+            tensor.square_()
+        squared.cls_token.zero_()
+        squared.pos_embedding.zero_()
+        if effective:
+            for layer, step in zip(squared.layers, steps):
+                layer.sign = 1
+                layer.ista.forward = lambda tokens, step=step: F.relu(F.linear(tokens, step))
+        return squared(squared.cls_token.new_ones(1, *image_shape)).sum().item()
+
+
+def accuracy(model, weights, images, labels, chunk=256):
+    """Accuracy of the model with `weights` ({name: tensor}) in the place of its own."""
+    correct = sum(
+        (functional_call(model, weights, (x,)).argmax(1) == y).sum() for x, y in zip(images.split(chunk), labels.split(chunk))
+    )
+    return correct.item() / len(labels)
+
+
+def find_scale(drop, low=1e-4, high=1.0):
+    """The scale between `low` and `high` at which drop(scale), a loss of accuracy, crosses 0.1, and the drop there: two floats.
+
+    Bisection on the logarithm of the scale, by Brent's method: the same bracket around the crossing, narrowed to PRECISION
+    in half the steps by interpolation in the logit of the drop. Nothing ends it early but a drop of exactly 0.1. Drops at
+    the two ends are taken for granted: where there is no crossing between, an end is returned, and the drop there tells.
+    """
+    ends = math.log(low), math.log(high)
+    drops = dict(zip(ends, (0.0, 0.9)))
+
+    def height(x):
+        if x not in drops:
+            drops[x] = drop(math.exp(x))
+        p = min(max(drops[x], 1e-3), 1 - 1e-3)
+        return math.log(p / (1 - p)) - math.log(DROP / (1 - DROP))
+
+    x = brentq(height, *ends, xtol=PRECISION)
+    scale = math.exp(x)
+    return scale, drop(scale) if x in ends else drops[x]
+
+
+def noise_scale(model, images, labels, magnitude_aware=False, chunk=256):
+    """The noise scale at which mean training accuracy has dropped by 0.1, and the drop there: two floats.
+
+    sigma: the standard deviation of noise on P_all without LayerNorm; with `magnitude_aware` sigma', where weight w_i gets
+    noise of standard deviation sqrt(sigma'^2 w_i^2 + eps^2). The mean is over ten directions, drawn from a fixed seed on the
+    CPU and shared by all scales, so that it is one function of sigma. Searched by find_scale.
+    """
+    weights = perturbed_parameters(model)
+    generator = torch.Generator().manual_seed(0)
+    directions = [
+        {name: torch.randn(w.shape, generator=generator).to(w) for name, w in weights.items()} for _ in range(DIRECTIONS)
+    ]
+
+    def drop(scale):
+        spread = {name: (scale**2 * w.square() + EPS**2).sqrt() if magnitude_aware else scale for name, w in weights.items()}
+        noisy = math.fsum(
+            accuracy(model, {name: w + spread[name] * z[name] for name, w in weights.items()}, images, labels, chunk)
+            for z in directions
+        )
+        return unperturbed - noisy / DIRECTIONS
+
+    with evaluating(model):
+        unperturbed = accuracy(model, {}, images, labels, chunk)
+        return find_scale(drop)
+
+
+def gradient_signs(model, weights, images, labels, chunk=256):
+    """The signs of the gradient of the cross-entropy over all the images at `weights`, {name: tensor}."""
+    weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    sums = [torch.zeros_like(w, requires_grad=False) for w in weights.values()]
+    for x, y in zip(images.split(chunk), labels.split(chunk)):
+        with torch.enable_grad():
+            loss = F.cross_entropy(functional_call(model, weights, (x,)), y, reduction="sum")
+        for total, gradient in zip(sums, torch.autograd.grad(loss, list(weights.values()))):
+            total += gradient
+    return dict(zip(weights, (total.sign() for total in sums)))
+
+
+def sharpness_radius(model, images, labels, chunk=256):
+    """alpha of J-eq. 54: the radius of the box around the weights in which gradient ascent costs 0.1 training accuracy.
+
+    Ascent on the cross-entropy over the images, in P_all without LayerNorm: ASCENT_STEPS signed steps (steepest for a box)
+    of half the radius, each clipped to the box. Returns alpha and the drop there, two floats, searched by find_scale.
+    """
+    weights = perturbed_parameters(model)
+
+    def drop(radius):
+        moved, signs = weights, first
+        for step in range(ASCENT_STEPS):
+            if step:
+                signs = gradient_signs(model, moved, images, labels, chunk)
+            moved = {
+                name: w + (moved[name] - w + radius / 2 * signs[name]).clamp(-radius, radius) for name, w in weights.items()
+            }
+        return unperturbed - accuracy(model, moved, images, labels, chunk)
+
+    with evaluating(model):
+        unperturbed = accuracy(model, {}, images, labels, chunk)
+        first = gradient_signs(model, weights, images, labels, chunk)  # the same for every radius
+        return find_scale(drop, 1e-5, 0.1)
+
+
+class Images:
+    """Images with a tensor's `split`, whose parts are transformed as they are read: all at once might not fit in memory."""
+
+    def __init__(self, images, transform):
+        self.images, self.transform, self.device = images, transform, images.device
+
+    def __len__(self):
+        return len(self.images)
+
+    def split(self, chunk):
+        return map(self.transform, self.images.split(chunk))
+
+
+def srr(model, data):
+    """Eq. 11 on the training set: {measure: float}, and the parts per layer, a list of dicts.
+
+    `srr` is the measure of the model as it was trained. `srr_no_layernorm` has the identity for LayerNorm in the forward pass
+    (of a float64 copy); NaN where the tokens then grow beyond what can be factorised.
+    """
+    bare = without_layernorm(model)
+    with evaluating(model):
+        layers = layer_srr(model, Images(data.train_images, data.resize))
+    try:
+        bare_layers = layer_srr(bare, Images(data.train_images, lambda part: data.resize(part).double()))
+    except ValueError:
+        bare_layers = [dict.fromkeys(layers[0], math.nan)] * len(layers)
+    mean = {key: math.fsum(layer[key] for layer in layers) / len(layers) for key in layers[0]}
+    measures = {"srr": mean["srr"], **{f"srr_{key}": mean[key] for key in ("l0", "rate_subspaces", "rate")}}
+    measures["srr_no_layernorm"] = math.fsum(layer["srr"] for layer in bare_layers) / len(layers)
+    parts = [
+        {"layer": l, **layer, **{f"{key}_no_layernorm": value for key, value in bare_layer.items()}}
+        for l, (layer, bare_layer) in enumerate(zip(layers, bare_layers), start=1)
+    ]
+    return measures, parts
+
+
+def measure(model, initial, data, groups, images=10_000):
+    """All measures of a trained model: {measure: float}, {detail: value} for DETAILS, and SRR's parts per layer.
+
+    initial: the model at initialisation, or None. data: crate.data.Data. groups: of "path-norm", "pac-bayes", "sharpness" and
+    "srr"; norms are always there. images: how many training images the searches over accuracy use, the same for all models.
+    """
+    labels = data.train_labels
+    chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:images].sort().values.to(labels.device)
+    subset = Images(data.train_images[chosen], data.resize), labels[chosen]
+    details = dict.fromkeys(DETAILS)
+    details["margin"] = margin(model, Images(data.train_images, data.resize), labels)
+    if "pac-bayes" in groups:
+        details["sigma"], details["sigma_drop"] = noise_scale(model, *subset)
+        details["sigma_mag"], details["sigma_mag_drop"] = noise_scale(model, *subset, magnitude_aware=True)
+    measures = weight_measures(
+        counted_weights(model), initial and counted_weights(initial), details["margin"],
+        len(labels), details["sigma"], details["sigma_mag"],
+    )  # fmt: skip
+    if "path-norm" in groups:
+        shape = data.resize(data.train_images[:1]).shape[1:]
+        measures["path_norm"] = path_norm(model, shape)
+        measures["path_norm_over_margin"] = measures["path_norm"] * measures["inverse_margin"]  # J-eq. 43
+        measures["path_norm_literal"] = path_norm(model, shape, effective=False)
+    if "sharpness" in groups:
+        details["alpha"], details["alpha_drop"] = sharpness_radius(model, *subset)
+        measures["sharpness_flatness"] = 1 / details["alpha"] ** 2  # J-eq. 54
+    layers = []
+    if "srr" in groups:
+        values, layers = srr(model, data)
+        measures |= values
+    # What is doubtful, by the name of its column.
+    flags = ["margin"] * (details["margin"] <= 0)
+    drops = {name: details[f"{name}_drop"] for name in ("sigma", "sigma_mag", "alpha")}
+    flags += [name for name, drop in drops.items() if drop is not None and not DROP_RANGE[0] <= drop <= DROP_RANGE[1]]
+    flags += [
+        name for name, value in measures.items() if not math.isfinite(value) or value <= 0 and name.startswith("path_norm")
+    ]
+    return measures, details | {"flags": " ".join(flags)}, layers
+
+
+def checksum(path):
+    """The first 16 digits of the SHA-256 of a checkpoint: `path`, or last.pt in the run folder `path`."""
+    path = Path(path)
+    return hashlib.sha256((path / "last.pt" if path.is_dir() else path).read_bytes()).hexdigest()[:16]
+
+
+load_data_once = functools.lru_cache(1)(load_data)
+
+
+def load_released(path, heads, dataset, data_dir, device):
+    """The model in a released CRATE checkpoint, with the config, data and result that a run folder would have held."""
+    if heads is None or dataset is None:
+        raise InputError(f"{path}: a released CRATE checkpoint needs --heads and --dataset")
+    model = from_released_crate(load_checkpoint(path), heads).to(device).eval()
+    tokens, width = model.pos_embedding.shape[1:]
+    size = model.patch_size * math.isqrt(tokens - 1)
+    data = load_data_once(dataset, data_dir, image_size=size, train_subset=None, device=device)
+    channels = model.patch_embedding[1].in_features // model.patch_size**2
+    if channels != data.train_images.shape[1] or len(model.head[1].weight) <= data.train_labels.max():
+        raise InputError(f"{path}: --dataset {dataset} has other channels or more classes than the checkpoint")
+    train_loss, train_accuracy = evaluate(model, data, data.train_images, data.train_labels)
+    val_loss, val_accuracy = evaluate(model, data, data.val_images, data.val_labels)
+    config = {"model": "crate", "dataset": dataset, "width": width, "depth": len(model.layers), "heads": heads}
+    result = {
+        "train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy,
+        "gap": val_loss - train_loss, "gap_accuracy": train_accuracy - val_accuracy,
+    }  # fmt: skip
+    return model, config, data, result
+
+
+def measure_run(path, *, groups, images, device="cpu", data_dir=None, heads=None, dataset=None):
+    """Measure a finished run folder, or a released CRATE checkpoint: its row of the table, and a row per layer.
+
+    data_dir: instead of the run's own. heads, dataset: of a released checkpoint, which has no initial weights. Raises
+    InputError or OSError where a file is missing or malformed, ValueError where the trained model's tokens are not finite.
+    """
+    path = Path(path)
+    if path.is_file():
+        model, config, data, result = load_released(path, heads, dataset, data_dir or "data", device)
+        initial = None
+    else:
+        config, model = load_run(path, device)
+        initial = copy.deepcopy(model)
+        load_weights(initial, path / "init.pt", device)
+        result = read_json(path / "result.json")
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise InputError(f"{path / 'last.pt'}: its weights are not finite")
+        missing = {"dataset", "image_size", "train_subset", "data_dir"} - config.keys()
+        if missing := missing | {"gap", "gap_accuracy"} - result.keys():
+            raise InputError(f"{path}: config.json or result.json lacks {', '.join(sorted(missing))}")
+        settings = {key: config[key] for key in ("image_size", "train_subset")}
+        data = load_data_once(config["dataset"], data_dir or config["data_dir"], **settings, device=device)
+    measures, details, layers = measure(model, initial, data, groups, images)
+    values = config | result | details | {"run": path.name, "checksum": checksum(path), "images": images}
+    row = {column: values.get(column) for column in COLUMNS} | measures
+    return row, [{"run": path.name, **layer} for layer in layers]

@@ -1,0 +1,40 @@
+"""Several runs at the same time, each in a process of its own. No torch here: a worker gets its GPU before torch is imported."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+
+def parallel(function, tasks, jobs, gpus=()):
+    """Yield `function(*task)` for every task as it ends, `jobs` at a time; in this process if `jobs` is 1.
+
+    gpus: device numbers (strings) that the processes are spread over, each seeing one as its only GPU.
+    """
+    if jobs == 1:
+        yield from (function(*task) for task in tasks)
+        return
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    queue = context.Queue()
+    for job in range(jobs if gpus else 0):
+        queue.put(gpus[job % len(gpus)])
+    with ProcessPoolExecutor(jobs, context, _take_gpu if gpus else None, (queue,) if gpus else ()) as pool:
+        try:
+            for future in as_completed([pool.submit(function, *task) for task in tasks]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
+
+def _take_gpu(queue):
+    os.environ["CUDA_VISIBLE_DEVICES"] = queue.get()
+
+
+def gpus_of(device, count):
+    """The numbers of the GPUs to spread over: all `count` visible ones for "cuda", none for the CPU or one named GPU."""
+    if device != "cuda":
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(count)]

@@ -1,0 +1,169 @@
+"""Complexity measures of trained models (Section 5), a row per run in one table.
+
+    python measure.py runs/laptop --out measures.csv           every finished run below the folder
+    python measure.py runs/laptop/*_stop0.01 --jobs 2          these runs, two at a time
+    python measure.py runs/laptop --groups norms srr           cheap measures only
+    python measure.py checkpoint.pth --heads 6 --dataset cifar10    a released CRATE checkpoint
+
+SRR's parts per layer go to a second table beside the first, measures_layers.csv. Both are written after every model, and what
+they hold already is skipped unless its checkpoint changed. Measures stand right of the gaps, everything else left of them.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from crate.cli import InputError, number, output_folder, run
+from crate.config import DATASETS
+from crate.files import read_csv, read_json, write_csv
+from crate.parallel import gpus_of, parallel
+
+# What can be asked for, and a measure that the group always has.
+GROUPS = {
+    "norms": "l2", "path-norm": "path_norm", "pac-bayes": "pacbayes_flatness", "sharpness": "sharpness_flatness", "srr": "srr",
+}  # fmt: skip
+IMAGES_HELP = "training images for PAC-Bayes and sharpness, the same for all models (default: 10000 on CUDA, 250 on CPU)"
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN_OR_FOLDER", help="run folder, folder of run folders, or released CRATE checkpoint")
+    add("--out", default="measures.csv", metavar="TABLE.csv", help="default: measures.csv")
+    add("--groups", nargs="+", choices=tuple(GROUPS), default=list(GROUPS), help="default: all; norms are always there")
+    add("--images", type=number(int, 1, 10_000), metavar="N", help=IMAGES_HELP)
+    add("--jobs", type=number(int, 1), default=1, help="runs at the same time, each a process of one thread (default: 1)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where present)")
+    add("--data-dir", help="where data sets are (default: as the run says)")
+    add("--redo", action="store_true", help="measure again what the table holds already")
+    add("--heads", type=number(int, 1), metavar="K", help="of a released checkpoint")
+    add("--dataset", choices=tuple(DATASETS), help="of a released checkpoint")
+    return parser.parse_args()
+
+
+def find_runs(arguments):
+    """The finished runs and checkpoints that the arguments mean, {name: path}, and the names of unfinished runs."""
+    found, unfinished = {}, []
+    for path in map(Path, arguments):
+        if not path.exists():
+            raise InputError(f"{path}: no such folder")
+        is_run = any((path / name).exists() for name in ("config.json", "result.json"))
+        folders = sorted({file.parent for name in ("config.json", "result.json") for file in path.glob(f"*/{name}")})
+        if not (is_run or folders or path.is_file()):
+            raise InputError(f"{path}: holds no run; name a folder that train.py made, or the folder above it")
+        for one in [path] if is_run or path.is_file() else folders:
+            if one.is_dir() and not (one / "result.json").exists():
+                unfinished.append(one.name)
+            elif found.setdefault(one.name, one).resolve() != one.resolve():
+                raise InputError(f"{one}: there is also {found[one.name]}; measure runs of one name into two tables")
+    return found, unfinished
+
+
+def read_tables(out, layers_out):
+    """The rows that the two tables hold already: {run: row}, {run: rows}."""
+    rows, layers = {}, {}
+    for path, columns in ((out, {"run", "checksum", "images", "gap"}), (layers_out, {"run", "layer"})):
+        if not path.exists():
+            continue
+        for row in read_csv(path):
+            if not columns <= row.keys():
+                raise InputError(f"{path}: not a table that measure.py made; name another --out")
+            if path == out:
+                rows[row["run"]] = row
+            else:
+                layers.setdefault(row["run"], []).append(row)
+    return rows, layers
+
+
+def check_data(paths, data_dir):
+    """Load every data set once, so that a missing one is reported at once and downloads don't collide."""
+    from crate.measures import load_data_once
+
+    wanted = set()
+    for path in paths:
+        try:
+            config = read_json(path / "config.json")
+            size, subset = config["image_size"], config["train_subset"]
+            wanted.add((config["dataset"], data_dir or config["data_dir"], size, subset))
+        except (InputError, OSError, KeyError):  # reported when its turn comes
+            pass
+    for dataset, folder, size, subset in wanted:
+        load_data_once(dataset, folder, image_size=size, train_subset=subset, device="cpu")
+
+
+def measure_one(path, options):
+    """A run's row, its layers' rows, seconds and error message: a broken run doesn't end the others."""
+    import torch
+
+    from crate.measures import measure_run
+
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    try:
+        row, layers = measure_run(path, **options)
+    except (ValueError, RuntimeError, OSError) as error:
+        message = " ".join(str(error).split())
+        return None, [], 0, message if str(path) in message else f"{path}: {message}"
+    return row, layers, time.perf_counter() - began, None
+
+
+def main():
+    arguments = parse_arguments()
+    found, unfinished = find_runs(arguments.runs)
+    if unfinished:
+        print(f"{len(unfinished)} unfinished runs are left out: {', '.join(unfinished)}")
+    if not found:
+        raise InputError("no finished run: train.py ends a run with result.json")
+    out = Path(arguments.out)
+    layers_out = out.with_name(f"{out.stem}_layers.csv")
+    rows, layers = read_tables(out, layers_out)
+    output_folder(out.parent)
+
+    import torch
+    from tqdm import tqdm
+
+    from crate.measures import COLUMNS, checksum
+
+    device = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {device}: no such device here; use --device cpu")
+    images = arguments.images or (10_000 if device.startswith("cuda") else 250)
+
+    def is_done(name, path):
+        try:
+            known = (rows[name]["checksum"], rows[name]["images"]) == (checksum(path), str(images))
+            return known and all(rows[name].get(GROUPS[group]) for group in arguments.groups)
+        except (KeyError, OSError):
+            return False  # a file that can't be read is reported when its turn comes
+
+    pending = {name: path for name, path in found.items() if arguments.redo or not is_done(name, path)}
+    check_data(pending.values(), arguments.data_dir)
+    print(f"{len(found)} runs, {len(found) - len(pending)} measured already; on {device}, searches on {images} images")
+    options = {"images": images, "device": device, "data_dir": arguments.data_dir}
+    options |= {"heads": arguments.heads, "dataset": arguments.dataset}
+    tasks = []
+    for name, path in pending.items():  # a row is replaced as a whole: what it has stays in it
+        groups = [group for group in GROUPS if group in arguments.groups or rows.get(name, {}).get(GROUPS[group])]
+        tasks.append((path, options | {"groups": groups}))
+    jobs, gpus = min(arguments.jobs, len(tasks) or 1), gpus_of(device, torch.cuda.device_count())
+    failures = 0
+    with tqdm(total=len(pending), desc="models", unit="model") as bar:
+        for row, parts, seconds, error in parallel(measure_one, tasks, jobs, gpus):
+            bar.update()
+            if error:
+                failures += 1
+                tqdm.write(f"measure.py: error: {error}", file=sys.stderr)
+                continue
+            rows[row["run"]], layers[row["run"]] = row, parts
+            if any(layers.values()):
+                write_csv(layers_out, [line for name in sorted(layers) for line in layers[name]])
+            write_csv(out, [dict.fromkeys(COLUMNS, "") | rows[name] for name in sorted(rows)])
+            tqdm.write(f"{row['run']}: {seconds:.1f} s" + (f", doubtful: {row['flags']}" if row["flags"] else ""))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    run(main)
