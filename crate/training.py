@@ -49,7 +49,7 @@ def srr_layers(choice, depth, steps):
 
 
 @torch.no_grad()
-def evaluate(model, data, images, labels, chunk=2048):
+def evaluate(model, data, images, labels, chunk=256):
     """Mean cross-entropy and accuracy in eval mode and full precision, un-augmented: two floats, one synchronisation."""
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=labels.device)

@@ -7,7 +7,7 @@ import torch
 from torch.func import functional_call
 
 from crate.config import VARIANT_TABLE
-from crate.layers import ISTA, LARGE, MSSA, Layer, dropout, keep_mask, subspace_attention
+from crate.layers import ISTA, LARGE, MSSA, Layer, dropout, dropout_factors, subspace_attention
 from crate.rates import merge_heads, split_heads
 from tests import reference
 from tests.reference import assert_close, copies
@@ -32,8 +32,7 @@ def narrowed(tensor, dtype):
 
 def factors(shape, p):
     """The next dropout mask to be drawn, as factors 0 and 1 / (1 - p)."""
-    mask, factor = keep_mask(torch.empty(shape), p)
-    return mask.double() * factor
+    return dropout_factors(torch.empty(shape, dtype=torch.float64), p)
 
 
 def reseeded(function, seed=5):
@@ -132,13 +131,14 @@ def test_gradient_uses_the_masks_of_the_forward_pass():
 
 
 @pytest.mark.parametrize("p", [2**-16, 0.01, 0.1, 0.5, 0.9])
-def test_keep_mask(p):
+def test_dropout_factors(p):
     tensor = torch.empty(3, 333, 401)
-    mask, factor = keep_mask(tensor, p)
-    assert mask.shape == tensor.shape and mask.dtype == torch.bool
+    factors = dropout_factors(tensor, p)
+    mask, factor = factors > 0, factors.max().item()
+    assert factors.shape == tensor.shape and factors.dtype == tensor.dtype and set(factors.unique().tolist()) == {0, factor}
     rounded = round(p * 2**16) / 2**16
-    assert factor == pytest.approx(1 / (1 - rounded), rel=1e-12)
-    assert not torch.equal(mask, keep_mask(tensor, p)[0])
+    assert factor == pytest.approx(1 / (1 - rounded), rel=1e-6)
+    assert not torch.equal(factors, dropout_factors(tensor, p))
     # four elements come from one 64-bit draw: each of the four places is as likely, and independent of the others
     places = mask.flatten()[: mask.numel() // 4 * 4].view(-1, 4).double()
     deviation = math.sqrt(rounded * (1 - rounded) / len(places))
@@ -149,8 +149,8 @@ def test_keep_mask(p):
 
 
 @pytest.mark.parametrize("count", range(1, 10))
-def test_keep_mask_of_any_size(count):
-    assert keep_mask(torch.empty(count), 0.5)[0].shape == (count,)
+def test_dropout_factors_of_any_size(count):
+    assert dropout_factors(torch.empty(count), 0.5).shape == (count,)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
