@@ -6,13 +6,12 @@
 Writes rates.csv (R^c around every step), log.csv (the curves of Fig. 1b), fig_1a.png, fig_1b.png and fig_5.png.
 """
 
-import argparse
 
-from crate.cli import InputError, number, output_folder, run
+from crate.cli import InputError, Parser, number, output_folder, run
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     positive, rate = number(int, 1), number(float, above=0)
     add = parser.add_argument
     add("--tokens", type=positive, default=196, help="N (default: 196)")

@@ -7,19 +7,18 @@ are left out. Writes to --out correlation.csv, correlation.md, scatter.png, fore
 OUT/COLUMN=VALUE/, for the rows of each value alone.
 """
 
-import argparse
 import math
 from pathlib import Path
 from urllib.parse import quote
 
-from crate.cli import InputError, number, output_folder, run
+from crate.cli import InputError, Parser, number, output_folder, run
 from crate.files import markdown_table, read_csv, write_csv, write_text
 
 MOST_COLOURS = 12
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("table", metavar="TABLE.csv")
     add("--hyperparameters", nargs="+", required=True, metavar="COLUMN", help="what the models differ in, seeds apart")
@@ -86,14 +85,18 @@ def markdown(rows, axes, arguments):
     def p_value(row, key):
         return "< 1e-15" if row[key] < 1e-15 else value(row, key, ".2g")
 
-    def spread(row, key):
-        sd = f" ± {row[key + '_sd']:.3f}" if row["seeds"] > 1 else ""
-        low_high = f" [{value(row, key + '_low', '+.2f')}, {value(row, key + '_high', '+.2f')}]"
-        return value(row, key) + sd + low_high * math.isfinite(row[f"{key}_low"])
+    def low_high(row, key, sd=""):
+        interval = f" [{value(row, key + '_low', '+.2f')}, {value(row, key + '_high', '+.2f')}]"
+        return value(row, key) + sd + interval * math.isfinite(row[f"{key}_low"])
 
-    header = ["measure", *axes, "Psi", "tau", "p", "p (Holm)", "K", "sign error, mean", "max", "models", "note"]
+    def spread(row, key):
+        return low_high(row, key, f" ± {row[key + '_sd']:.3f}" if row["seeds"] > 1 else "")
+
+    against_srr = ["tau(srr) - tau"] if "diff_srr" in rows[0] else []
+    header = ["measure", *axes, "Psi", "tau", *against_srr, "p", "p (Holm)", "K", "sign error, mean", "max", "models", "note"]
     lines = [
         [row["measure"], *(value(row, f"psi_{axis}") for axis in axes), spread(row, "Psi"), spread(row, "tau")]
+        + [low_high(row, "diff_srr") if row["measure"] != "srr" else "" for _ in against_srr]
         + [p_value(row, "p_value"), p_value(row, "p_holm"), value(row, "K", ".3f")]
         + [value(row, "sign_error_mean", ".3f"), value(row, "sign_error_max", ".2f"), row["models"], row["note"]]
         for row in rows

@@ -1,6 +1,6 @@
 """Complexity measures of trained models (Section 5), a row per run in one table.
 
-    python measure.py runs/laptop --out measures.csv           every finished run below the folder
+    python measure.py runs/laptop --out measures.csv           every finished run in the folder
     python measure.py runs/laptop/*_stop0.01 --jobs 2          these runs, two at a time
     python measure.py runs/laptop --groups norms srr           cheap measures only
     python measure.py checkpoint.pth --heads 6 --dataset cifar10    a released CRATE checkpoint
@@ -9,12 +9,11 @@ SRR's parts per layer go to a second table beside the first, measures_layers.csv
 they hold already is skipped unless its checkpoint changed. Measures stand right of the gaps, everything else left of them.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
-from crate.cli import InputError, number, output_folder, run
+from crate.cli import InputError, Parser, number, output_folder, run
 from crate.config import DATASETS
 from crate.files import read_csv, read_json, write_csv
 from crate.parallel import gpus_of, parallel
@@ -27,7 +26,7 @@ IMAGES_HELP = "training images for PAC-Bayes and sharpness, the same for all mod
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN_OR_FOLDER", help="run folder, folder of run folders, or released CRATE checkpoint")
     add("--out", default="measures.csv", metavar="TABLE.csv", help="default: measures.csv")
@@ -78,7 +77,7 @@ def read_tables(out, layers_out):
 
 def check_data(paths, data_dir):
     """Load every data set once, so that a missing one is reported at once and downloads don't collide."""
-    from crate.measures import load_data_once
+    from crate.data import load_data
 
     wanted = set()
     for path in paths:
@@ -89,7 +88,7 @@ def check_data(paths, data_dir):
         except (InputError, OSError, KeyError):  # reported when its turn comes
             pass
     for dataset, folder, size, subset in wanted:
-        load_data_once(dataset, folder, image_size=size, train_subset=subset, device="cpu")
+        load_data(dataset, folder, image_size=size, train_subset=subset, device="cpu")
 
 
 def measure_one(path, options):
@@ -124,12 +123,9 @@ def main():
     from tqdm import tqdm
 
     from crate.measures import COLUMNS, checksum
+    from crate.training import resolve_device
 
-    device = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {device}: no such device here; use --device cpu")
+    device = str(resolve_device(arguments.device))
     images = arguments.images or (10_000 if device.startswith("cuda") else 250)
 
     def is_done(name, path):

@@ -7,20 +7,18 @@
 Every run has its own folder below --out. Finished runs are skipped, unfinished ones go on after their last epoch.
 """
 
-import argparse
 import itertools
-import os
 import shlex
 import sys
 from pathlib import Path
 
-from crate.cli import InputError, number, output_folder, run
+from crate.cli import InputError, Parser, cores, number, output_folder, run
 from crate.config import DATASETS, DEFAULTS, PRESETS, VARIANT_TABLE
 from crate.parallel import gpus_of, parallel
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     positive, rate = number(int, 1), number(float, above=0)
     several = dict(nargs="+", metavar="VALUE")
     add = parser.add_argument
@@ -68,16 +66,12 @@ def resolve(arguments, torch):
     """The preset's name and the configs of all runs, {name: config}, in every detail that config.json shows."""
     from crate.model import model_from_config
     from crate.provenance import provenance
-    from crate.training import resolve_amp
+    from crate.training import resolve_amp, resolve_device
 
     preset = arguments.preset
     if preset == "auto":
         preset = "paper" if torch.cuda.is_available() else "laptop"
-    try:
-        device = torch.device(arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {arguments.device}: no such device here; use --device cpu")
+    device = resolve_device(arguments.device)
     flags = {key: value for key, value in vars(arguments).items() if key in DEFAULTS and value is not None}
     base = {"preset": preset, **DEFAULTS, **PRESETS[preset], **flags}
     base |= {"data_dir": arguments.data_dir, "device": str(device), "amp": resolve_amp(arguments.amp, device)}
@@ -96,6 +90,8 @@ def resolve(arguments, torch):
             raise InputError(f"--srr-layer {layer}: must be last, all, random or a layer from 1 to {depth}")
         with torch.device("meta"):
             config["parameters"] = sum(p.numel() for p in model_from_config(config).parameters())
+        if not config["srr_reg"]:  # the run is the same whatever its SRR flags say
+            config |= {"srr_layer": DEFAULTS["srr_layer"], "srr_sparsity": DEFAULTS["srr_sparsity"]}
         configs[run_name(config)] = config
     return preset, configs
 
@@ -111,6 +107,8 @@ def train_one(config, folder, threads, show_progress):
         return folder.name, train(config, folder, show_progress), None
     except InputError as error:
         return folder.name, None, str(error)
+    except (ValueError, RuntimeError, OSError) as error:
+        return folder.name, None, f"{folder}: {' '.join(str(error).split())}"
 
 
 def main():
@@ -144,7 +142,7 @@ def main():
     if pending:  # once for all: a missing data set is reported at once, and downloads don't collide
         load_data(first["dataset"], first["data_dir"], train_subset=first["train_subset"])
     jobs = min(arguments.jobs, max(len(pending), 1))
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, cores() // jobs)
     # The largest models first: a long run that starts last would leave the other processes idle.
     order = sorted(pending, key=lambda name: -pending[name]["parameters"] / pending[name]["batch_size"])
     tasks = [(pending[name], out / name, threads, jobs == 1) for name in order]

@@ -14,6 +14,21 @@ class InputError(ValueError):
     """Something the user gave is wrong; the message is one line that says what, and what would be right."""
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, and whose help shows the script's docstring as it is written."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def cores():
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def run(main):
     """Call `main()`; turn an InputError or a failed file operation into one line on stderr and exit code 2."""
     try:

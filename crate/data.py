@@ -4,18 +4,20 @@ Images are (C, H, W), normalised by the training set's mean and standard deviati
 examples, and what augmentation makes of them, are functions of (seed, epoch) alone.
 """
 
+import functools
 import gzip
 import hashlib
 import io
-import os
+import zlib
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from crate.cli import InputError
+from crate.cli import InputError, cores
 from crate.config import DATASETS
 
 DIGITS = Path(__file__).with_name("digits.npz")
@@ -28,6 +30,9 @@ CIFAR_FILES = {
     "cifar10": "cifar-10-batches-py/ (batches.meta, data_batch_1 to 5, test_batch)",
     "cifar100": "cifar-100-python/ (meta, train, test)",
 }
+
+
+ORDER, AUGMENTATION, DROPOUT = range(3)  # what a seed is for
 
 
 @dataclass
@@ -55,7 +60,10 @@ class Data:
 
 
 def mixed_seed(*numbers):
-    """One 63-bit seed out of several whole numbers, the same on every machine; nearby numbers give unrelated seeds."""
+    """One 63-bit seed out of several whole numbers, the same on every machine; nearby numbers give unrelated seeds.
+
+    The first number says what the seed is for: ORDER, AUGMENTATION or DROPOUT.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -88,7 +96,7 @@ def _idx(path):
         if content[:3] != b"\0\0\x08":
             raise ValueError
         return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
-    except (OSError, EOFError, IndexError, ValueError):
+    except (OSError, EOFError, IndexError, ValueError, zlib.error):
         raise InputError(f"{path}: not a gzipped IDX file of bytes; delete it, and it is downloaded again")
 
 
@@ -105,6 +113,7 @@ def _cifar(name):
 LOADERS = {"digits": _digits, "fashion-mnist": _fashion_mnist, "cifar10": _cifar("cifar10"), "cifar100": _cifar("cifar100")}
 
 
+@functools.lru_cache(1)  # the runs of a grid share it
 def load_data(name, data_dir="data", *, image_size=None, train_subset=None, device="cpu"):
     """The data set `name` as Data on `device`, downloaded into `data_dir` where it is missing.
 
@@ -115,9 +124,9 @@ def load_data(name, data_dir="data", *, image_size=None, train_subset=None, devi
         raise InputError(f"--dataset {name}: unknown; choose from {', '.join(LOADERS)}")
     try:
         arrays = LOADERS[name](Path(data_dir))
-    except (OSError, RuntimeError) as error:  # no network, no permission, a broken file
+    except (OSError, RuntimeError, HTTPException, zlib.error, EOFError) as error:  # no network, no permission, a broken file
         files = ", ".join(FASHION_FILES) if name == "fashion-mnist" else CIFAR_FILES.get(name, DIGITS)
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"--data-dir {data_dir}: {name} is not there ({reason}); put {files} there, or use --dataset digits")
     images, labels, val_images, val_labels = (torch.from_numpy(np.array(array)) for array in arrays)
     if train_subset is not None:
@@ -127,8 +136,7 @@ def load_data(name, data_dir="data", *, image_size=None, train_subset=None, devi
         images, labels = images[chosen], labels[chosen]
     size, channels, _ = DATASETS[name]
     images, val_images = (x.view(-1, channels, size, size).byte() for x in (images, val_images))
-    values = images.double() / 255
-    mean, std = (x.float()[:, None, None].to(device) for x in (values.mean((0, 2, 3)), values.std((0, 2, 3))))
+    std, mean = (x[:, None, None].to(device) for x in torch.std_mean(images.float() / 255, (0, 2, 3)))
     data = Data(None, labels.long().to(device), None, val_labels.long().to(device), images, mean, std, image_size or size)
     data.train_images, data.val_images = data.normalise(images.to(device)), data.normalise(val_images.to(device))
     return data
@@ -136,7 +144,7 @@ def load_data(name, data_dir="data", *, image_size=None, train_subset=None, devi
 
 def epoch_order(examples, seed, epoch):
     """The order in which an epoch sees the training set, (examples,) int64."""
-    return torch.randperm(examples, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch)))
+    return torch.randperm(examples, generator=torch.Generator().manual_seed(mixed_seed(ORDER, seed, epoch)))
 
 
 def batches(data, batch_size, seed, epoch):
@@ -163,6 +171,10 @@ class _Augmentation(torch.utils.data.Dataset):
         return torch.stack([self.transform(self.images[i]) for i in index]), index
 
 
+def _one_thread(worker):
+    torch.set_num_threads(1)
+
+
 class AugmentedBatches:
     """An epoch's batches with augmentation, made image by image in worker processes that live as long as this object."""
 
@@ -171,14 +183,14 @@ class AugmentedBatches:
         self.plan = []  # (seed, indices) of every batch of the coming epoch: what the loader samples
         self.loader = torch.utils.data.DataLoader(
             _Augmentation(data.raw_train_images, data.image_size), batch_size=None, sampler=self.plan,
-            num_workers=min(8, max(1, len(os.sched_getaffinity(0)) - 1)), persistent_workers=True,
-            pin_memory=data.train_labels.is_cuda, worker_init_fn=lambda _: torch.set_num_threads(1),
+            num_workers=min(8, max(1, cores() - 1)), persistent_workers=True,
+            pin_memory=data.train_labels.is_cuda, worker_init_fn=_one_thread,
             generator=torch.Generator(),  # else the first epoch would draw from the generator that dropout uses
         )  # fmt: skip
 
     def epoch(self, epoch):
         order = epoch_order(len(self.data.train_labels), self.seed, epoch).split(self.batch_size)
-        self.plan[:] = [(mixed_seed(self.seed, epoch, batch), index) for batch, index in enumerate(order)]
+        self.plan[:] = [(mixed_seed(AUGMENTATION, self.seed, epoch, batch), index) for batch, index in enumerate(order)]
         device = self.data.train_labels.device
         for images, index in self.loader:
             images, index = images.to(device, non_blocking=True), index.to(device, non_blocking=True)

@@ -6,10 +6,8 @@ comes from generators of its own. `chunk`, the images of one forward pass, bound
 """
 
 import copy
-import functools
 import hashlib
 import math
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,7 +21,7 @@ from crate.cli import InputError
 from crate.data import load_data
 from crate.files import read_json
 from crate.model import from_released_crate
-from crate.srr import layer_srr
+from crate.srr import evaluating, layer_srr
 from crate.training import evaluate
 
 DROP = 0.1  # training accuracy that PAC-Bayes noise and sharpness may cost
@@ -122,19 +120,6 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
                 measures[f"pacbayes_mag_{name}"] = (omega * numerator - denominators) / 4 + rest
         measures["pacbayes_mag_flatness"] = 1 / sigma_mag**2  # J-eq. 61
     return {name: float(value) for name, value in measures.items()}
-
-
-@contextmanager
-def evaluating(model):
-    """Eval mode without gradients; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def margins(logits, labels):
@@ -294,8 +279,7 @@ def srr(model, data):
     (of a float64 copy); NaN where the tokens then grow beyond what can be factorised.
     """
     bare = without_layernorm(model)
-    with evaluating(model):
-        layers = layer_srr(model, Images(data.train_images, data.resize))
+    layers = layer_srr(model, Images(data.train_images, data.resize))
     try:
         bare_layers = layer_srr(bare, Images(data.train_images, lambda part: data.resize(part).double()))
     except ValueError:
@@ -356,9 +340,6 @@ def checksum(path):
     return hashlib.sha256((path / "last.pt" if path.is_dir() else path).read_bytes()).hexdigest()[:16]
 
 
-load_data_once = functools.lru_cache(1)(load_data)
-
-
 def load_released(path, heads, dataset, data_dir, device):
     """The model in a released CRATE checkpoint, with the config, data and result that a run folder would have held."""
     if heads is None or dataset is None:
@@ -366,7 +347,7 @@ def load_released(path, heads, dataset, data_dir, device):
     model = from_released_crate(load_checkpoint(path), heads).to(device).eval()
     tokens, width = model.pos_embedding.shape[1:]
     size = model.patch_size * math.isqrt(tokens - 1)
-    data = load_data_once(dataset, data_dir, image_size=size, train_subset=None, device=device)
+    data = load_data(dataset, data_dir, image_size=size, train_subset=None, device=device)
     channels = model.patch_embedding[1].in_features // model.patch_size**2
     if channels != data.train_images.shape[1] or len(model.head[1].weight) <= data.train_labels.max():
         raise InputError(f"{path}: --dataset {dataset} has other channels or more classes than the checkpoint")
@@ -401,7 +382,7 @@ def measure_run(path, *, groups, images, device="cpu", data_dir=None, heads=None
         if missing := missing | {"gap", "gap_accuracy"} - result.keys():
             raise InputError(f"{path}: config.json or result.json lacks {', '.join(sorted(missing))}")
         settings = {key: config[key] for key in ("image_size", "train_subset")}
-        data = load_data_once(config["dataset"], data_dir or config["data_dir"], **settings, device=device)
+        data = load_data(config["dataset"], data_dir or config["data_dir"], **settings, device=device)
     measures, details, layers = measure(model, initial, data, groups, images)
     values = config | result | details | {"run": path.name, "checksum": checksum(path), "images": images}
     row = {column: values.get(column) for column in COLUMNS} | measures

@@ -4,15 +4,14 @@ First the run folders become two tables, runs.csv and layers.csv; then everythin
 REPORT.md and figures/. Without --runs the second half alone is done, so a report can be rebuilt from committed tables.
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 
-from crate.cli import InputError, output_folder, run
-from crate.config import DEFAULTS, PRESETS, VARIANT_TABLE
+from crate.cli import InputError, Parser, output_folder, run
+from crate.config import DATASETS, DEFAULTS, PRESETS, VARIANT_TABLE
 from crate.files import markdown_table, read_csv, read_json, write_csv, write_text
 
 COLUMNS = (*DEFAULTS, "preset", "device", "amp", "parameters", "commit", "command")
@@ -47,9 +46,9 @@ def at_preset(rows):
     """The runs of fixed length at their preset's own settings: what Tables 2, 3, 6 and Fig. 2 compare."""
     def matches(row):
         settings = DEFAULTS | PRESETS[row["preset"]]
-        settings["max_epochs"] = settings["epochs"]
-        keys = ("width", "depth", "batch_size", "lr", "schedule", "dropout", "max_epochs", "srr_sparsity")
-        return not row["stop_at_loss"] and all(str(settings[key]) == row[key] for key in keys)
+        settings |= {"max_epochs": settings.pop("epochs"), "image_size": DATASETS[row["dataset"]][0]}
+        fixed = settings.keys() - {"dataset", "model", "seed", "srr_reg", "srr_layer", "log_srr_every"}
+        return all(str(settings[key] if settings[key] is not None else "") == row[key] for key in fixed)
 
     return [row for row in rows if matches(row)]
 
@@ -96,7 +95,7 @@ def table_2(rows):
             regularised = accuracies(rows, model=model, srr_reg=eta, srr_layer="last")
             if plain and regularised:
                 lines.append([model, eta, spread(plain.values()), spread(regularised.values()), paired(regularised, plain)])
-    return markdown_table(["model", "eta", "cross-entropy", "cross-entropy + SRR", "difference, 95 % interval"], lines)
+    return lines and markdown_table(["model", "eta", "cross-entropy", "cross-entropy + SRR", "difference, 95 % interval"], lines)
 
 
 def table_3(rows):
@@ -135,7 +134,7 @@ def table_6(rows):
             name = f"last ({depth})" if layer == "last" else layer
             chosen = accuracies(rows, model=model, srr_reg=eta, srr_layer=layer)
             lines.append([model, name, eta, spread(chosen.values()), paired(chosen, plain)])
-    return markdown_table(["model", "layer", "eta", "validation accuracy", "difference to none, 95 % interval"], lines)
+    return lines and markdown_table(["model", "layer", "eta", "validation accuracy", "difference to none, 95 % interval"], lines)
 
 
 def figure_2(rows, layers, path):
@@ -254,7 +253,7 @@ def read_rates(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--runs", help="folder of run folders, such as runs/laptop; without it, --results is reported as it is")
     parser.add_argument("--results", required=True, help="folder of the tables, such as results/digits")
     parser.add_argument("--attention", default="results/attention_only", help="what attention_only.py wrote (default: %(default)s)")

@@ -1,5 +1,8 @@
 """The SRR measure of every layer (Eqs. 1, 11) and the regulariser with its stop-gradient (Eq. 14)."""
 
+import math
+from contextlib import contextmanager
+
 import torch
 
 from crate.rates import coding_rate, full, subspace_coding_rate
@@ -14,27 +17,39 @@ def _rates(model, tokens, layer, gamma):
         raise ValueError(f"layer {layer + 1}: {error}")
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model):
+    """Eval mode without gradients; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def layer_srr(model, images, sparsity=0.1, gamma=1.0, chunk=256):
     """The SRR measure of every layer's output on images (B, C, H, W), averaged over them, in eval mode.
 
     Returns a list over the L layers of {"l0": non-zeros per image, "rate_subspaces": R^c, "rate": R,
     "srr": sparsity * l0 + R^c - R} (the rates in nats). Raises ValueError naming the layer whose tokens are not finite.
     """
-    training = model.training
-    model.eval()
     sums = torch.zeros(len(model.layers), 3, dtype=torch.float64, device=images.device)
-    try:
+    with evaluating(model):
         for part in images.split(chunk):
             for layer, tokens in enumerate(model.layer_outputs(part)):
                 compressed, rate = _rates(model, tokens, layer, gamma)
                 parts = tokens.count_nonzero().double(), compressed.double().sum(), rate.double().sum()
                 sums[layer] += torch.stack(parts)
-    finally:
-        model.train(training)
+    means = (sums / len(images)).tolist()
+    for layer, parts in enumerate(means, start=1):
+        if not all(map(math.isfinite, parts)):  # on CUDA, where a rate is NaN rather than an error
+            raise ValueError(f"layer {layer}: the rates are not finite: the tokens are not finite or far too large")
     return [
         {"l0": l0, "rate_subspaces": compressed, "rate": rate, "srr": sparsity * l0 + compressed - rate}
-        for l0, compressed, rate in (sums / len(images)).tolist()
+        for l0, compressed, rate in means
     ]
 
 

@@ -1,5 +1,6 @@
 """The training loop: Adam, AMP, cross-entropy plus SRR (Eq. 14), the stopping criterion of Section 5, logs, exact resume."""
 
+import functools
 import json
 import math
 import time
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from crate.checkpoint import load_weights, save_checkpoint
 from crate.cli import InputError
-from crate.data import AugmentedBatches, batches, load_data, mixed_seed
+from crate.data import DROPOUT, AugmentedBatches, batches, load_data, mixed_seed
 from crate.files import locked, read_json, write_json, write_text
 from crate.model import model_from_config
 from crate.srr import add_srr_gradients, layer_srr
@@ -28,10 +29,20 @@ def learning_rate(step, total_steps, initial, schedule):
     return initial if schedule == "constant" else initial * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
+def resolve_device(name):
+    """The device of the flag's value; "auto" is CUDA where present, else the CPU. Raises InputError where there is no such."""
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: no such device here; use --device cpu")
+    return device
+
+
 def resolve_amp(amp, device):
     """"off", "bf16" or "fp16" for the flag's value. Raises InputError where the device can't multiply in that type."""
     if amp == "auto":
-        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
     if amp != "off":
         try:
             torch.ones(2, 2, dtype=AMP_DTYPES[amp], device=device) @ torch.ones(2, 2, dtype=AMP_DTYPES[amp], device=device)
@@ -80,12 +91,14 @@ class Run:
         self.steps_per_epoch = math.ceil(len(self.data.train_labels) / config["batch_size"])
         self.total_steps = config["epochs"] * self.steps_per_epoch
         if config["compile"]:
+            # The gradient of Eq. 14 keeps the graph for cross-entropy's, which donated buffers forbid.
+            torch._functorch.config.donated_buffer = False
             for layer in self.model.layers:  # in place: the checkpoint's names stay those of the plain module
                 layer.compile()
         if config["augment"] == "basic":
             self.batches = AugmentedBatches(self.data, config["batch_size"], config["seed"]).epoch
         else:
-            self.batches = lambda epoch: batches(self.data, config["batch_size"], config["seed"], epoch)
+            self.batches = functools.partial(batches, self.data, config["batch_size"], config["seed"])
 
     @property
     def reached_target(self):
@@ -117,6 +130,8 @@ class Run:
     def log(self, started, **training):
         """Append the epoch's row: validation loss and accuracy, layer-wise SRR if it is due, seconds since `started`."""
         loss, accuracy = evaluate(self.model, self.data, self.data.val_images, self.data.val_labels)
+        if not math.isfinite(loss):
+            self.fail(self.step, f"the validation loss is {loss}")
         row = {"epoch": self.epoch, "step": self.step, **training, "val_loss": loss, "val_accuracy": accuracy}
         every = self.config["log_srr_every"]
         if every and self.epoch % every == 0:
@@ -152,7 +167,7 @@ class Run:
         """One epoch, or its part up to the stopping criterion; nothing in it waits for the device but that criterion."""
         started, config = time.perf_counter(), self.config
         self.epoch += 1
-        torch.manual_seed(mixed_seed(config["seed"], self.epoch))  # dropout and random layers are functions of (seed, epoch)
+        torch.manual_seed(mixed_seed(DROPOUT, config["seed"], self.epoch))  # dropout and random layers are functions of (seed, epoch)
         layers = srr_layers(config["srr_layer"], config["depth"], self.steps_per_epoch)
         checks = next(n for below, n in CHECKS_PER_EPOCH if self.train_loss < below or below == math.inf)
         check_at = {math.ceil(self.steps_per_epoch * (i + 1) / checks) for i in range(checks)}
@@ -162,7 +177,7 @@ class Run:
             try:
                 steps.append(torch.stack(self.train_step(images, labels, layers[i])))
             except ValueError as error:  # from the coding rates
-                self.fail(i, error)
+                self.fail(self.step + 1, error)
             examples += len(labels)
             bar.update()
             if config["stop_at_loss"] is not None and i + 1 in check_at:
@@ -171,9 +186,10 @@ class Run:
                 if self.reached_target:
                     break
         losses, correct, srr = torch.stack(steps).double().cpu().T
-        if not losses.isfinite().all():
-            i = int(losses.isfinite().logical_not().nonzero()[0])
-            self.fail(i, f"the loss is {losses[i]}")
+        finite = (losses + srr).isfinite()
+        if not finite.all():
+            i = int(finite.logical_not().nonzero()[0])
+            self.fail(self.step - len(steps) + i + 1, f"the loss is {losses[i] + srr[i]}")
         means = {"train_loss": losses.mean().item(), "train_accuracy": correct.sum().item() / examples}
         if config["srr_reg"]:
             means["train_srr"] = srr.mean().item()
@@ -181,14 +197,13 @@ class Run:
         self.log(started, **means, lr=lr)
         bar.set_postfix(loss=f"{means['train_loss']:.4f}", val=f"{100 * self.rows[-1]['val_accuracy']:.1f}%")
 
-    def fail(self, i, reason):
-        step = (self.epoch - 1) * self.steps_per_epoch + i + 1
+    def fail(self, step, reason):
         raise InputError(f"{self.folder}: epoch {self.epoch}, step {step}: {reason}; try a smaller --lr or --amp off")
 
     def finish(self):
         """Evaluate, write result.json and return what it says."""
         train_loss, train_accuracy = evaluate(self.model, self.data, self.data.train_images, self.data.train_labels)
-        val_loss, val_accuracy = evaluate(self.model, self.data, self.data.val_images, self.data.val_labels)
+        val_loss, val_accuracy = (self.rows[-1][key] for key in ("val_loss", "val_accuracy"))
         result = {
             "reached_target": self.reached_target, "epochs": self.epoch, "steps": self.step,
             "train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy,

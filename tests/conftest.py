@@ -7,8 +7,16 @@ import pytest
 import torch
 
 from crate.cli import run
+from crate.data import load_data
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
+
+
+@pytest.fixture(autouse=True)
+def fresh_data():
+    """Data sets are loaded once a process; tests that change their files need them loaded again."""
+    yield
+    load_data.cache_clear()
 
 
 def run_script(monkeypatch, name, *arguments):
@@ -34,10 +42,10 @@ def script(monkeypatch, capsys):
 
 
 def assert_refused(outcome, *words):
-    """Exit code 2 and one line on stderr (after argparse's usage, if any) that holds all `words`; no traceback."""
+    """Exit code 2 and one line on stderr (after progress bars, if any) that holds all `words`; no usage, no traceback."""
     code, _, error = outcome
     assert code == 2
-    assert "Traceback" not in error
+    assert "Traceback" not in error and "usage:" not in error
     line = error.strip().splitlines()[-1]
     assert "error: " in line
     for word in words:

@@ -17,8 +17,8 @@ FLAGS = ("--width", 12, "--heads", 3, "--depth", 2, "--patch-size", 4, "--train-
 def row(**changes):
     """A line of runs.csv at the laptop preset's settings."""
     settings = DEFAULTS | PRESETS["laptop"] | {"preset": "laptop"}
-    settings |= {"max_epochs": settings.pop("epochs"), "parameters": 1000, "val_accuracy": 0.5, "stop_at_loss": "", "run": "r"}
-    return {key: str(value) for key, value in (settings | changes).items()}
+    settings |= {"max_epochs": settings.pop("epochs"), "parameters": 1000, "val_accuracy": 0.5, "image_size": 8, "run": "r"}
+    return {key: "" if value is None else str(value) for key, value in (settings | changes).items()}
 
 
 def cells(markdown):
@@ -62,8 +62,9 @@ def test_table_6_orders_layers_and_compares_with_none():
 
 
 def test_only_runs_at_the_presets_settings_enter_the_tables():
-    rows = [row(), row(width=48), row(lr=0.5), row(max_epochs=2), row(stop_at_loss=0.01), row(model="crate", srr_reg=0.1)]
-    assert report.at_preset(rows) == [rows[0], rows[5]]
+    rows = [row(), row(width=96), row(lr=0.5), row(max_epochs=2), row(stop_at_loss=0.01), row(augment="basic"), row(amp="bf16")]
+    rows += [row(model="crate", srr_reg=0.1), row(seed=3, srr_layer="all", srr_reg=0.001)]
+    assert report.at_preset(rows) == [rows[0], *rows[-3:]]
 
 
 def test_attention_table():
@@ -98,7 +99,7 @@ def test_collect(runs, tmp_path):
 
 
 def test_report_is_rebuilt_from_its_tables_alone(runs, tmp_path, script, monkeypatch):
-    preset = PRESETS["laptop"] | dict(width=12, depth=2, epochs=2, patch_size=4)  # what the tables select
+    preset = PRESETS["laptop"] | dict(width=12, heads=3, depth=2, epochs=2, patch_size=4, train_subset=200)  # what the tables select
     monkeypatch.setitem(report.PRESETS, "laptop", preset)
     assert script("attention_only", "--tokens", 9, "--depth", 2, "--width", 12, "--heads", 3, "--out", tmp_path / "a")[0] == 0
     flags = ("--results", tmp_path / "r", "--attention", tmp_path / "a")

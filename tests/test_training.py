@@ -137,6 +137,21 @@ def test_non_finite_loss_names_epoch_and_step_and_keeps_the_last_epoch(tmp_path,
         train(config(), tmp_path / "srr", False)
 
 
+def test_weights_that_diverge_at_the_last_step_are_not_saved(tmp_path, monkeypatch):
+    real = Run.train_step
+
+    def poisoned(self, images, labels, layers):
+        losses = real(self, images, labels, layers)
+        if self.step == 6:  # the losses of the epoch are finite, what comes after isn't
+            self.model.cls_token.data.fill_(math.nan)
+        return losses
+
+    monkeypatch.setattr(Run, "train_step", poisoned)
+    with pytest.raises(InputError, match=r"epoch 2, step 6: the validation loss is nan"):
+        train(config(), tmp_path, False)
+    assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
+
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_amp_trains(tmp_path, amp):
     result = train(config(amp=amp, epochs=10, dropout=0.0), tmp_path / "run", False)
@@ -189,7 +204,7 @@ def test_grid_shards_and_skipping(script, tmp_path):
     for shard in ("1/2", "2/2", "2/2"):
         assert script("train", *grid, "--out", tmp_path / "shards", "--shard", shard)[0] == 0
     names = sorted(path.name for path in (tmp_path / "shards").iterdir())
-    assert len(names) == 8 and "crate_d12_b100_lr0.001_p0_eta0.1_last_s1" in names
+    assert len(names) == 8 and "crate_d12_b100_lr0.002_p0_eta0.1_last_s1" in names
     code, out, _ = script("train", *grid, "--out", tmp_path / "shards")
     assert code == 0 and "8 runs" in out and "8 finished" in out
     assert script("train", *grid, "--out", tmp_path / "jobs", "--jobs", 2)[0] == 0
@@ -272,11 +287,36 @@ def test_one_failing_run_does_not_stop_the_others(script, tmp_path):
         assert len(list(tmp_path.glob("*/result.json"))) == 2
 
 
+def test_an_unexpected_error_in_one_run_does_not_stop_the_others(script, tmp_path, monkeypatch):
+    real = Run.finish
+
+    def fail_once(self):
+        if self.config["seed"] == 1:
+            raise RuntimeError("CUDA error: out of memory\nmore")
+        return real(self)
+
+    monkeypatch.setattr(Run, "finish", fail_once)
+    code, _, error = script("train", *SMALL, "--out", tmp_path, "--seed", 0, 1, 2)
+    assert code == 2 and "_s1: CUDA error: out of memory more" in error and "Traceback" not in error
+    assert len(list(tmp_path.glob("*/result.json"))) == 2
+
+
+def test_a_run_without_srr_is_the_same_run_whatever_its_srr_flags(script, tmp_path):
+    assert script("train", *SMALL, "--out", tmp_path)[0] == 0
+    code, out, _ = script("train", *SMALL, "--out", tmp_path, "--srr-reg", 0, 0.1, "--srr-layer", 1, 2, "--srr-sparsity", "l1")
+    assert code == 0 and "3 runs" in out and "1 finished" in out
+
+
 @pytest.mark.slow
-def test_compile(tmp_path):
+@pytest.mark.parametrize("srr_reg, dropout", [(0.0, 0.0), (0.1, 0.0), (0.1, 0.1)])
+def test_compile(tmp_path, srr_reg, dropout):
     if not shutil.which("g++"):
         pytest.skip("torch.compile on CPU needs g++")
-    plain = train(config(dropout=0.0), tmp_path / "plain", False)
-    compiled = train(config(dropout=0.0, compile=True), tmp_path / "compiled", False)
+    settings = config(dropout=dropout, srr_reg=srr_reg, srr_layer="all")
+    plain = train(settings, tmp_path / "plain", False)
+    compiled = train(settings | {"compile": True}, tmp_path / "compiled", False)
+    if dropout:  # the masks are others
+        assert math.isfinite(compiled["train_loss"])
+        return
     assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
     assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "plain").keys()
