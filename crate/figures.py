@@ -69,8 +69,8 @@ def layerwise(values, path):
 
     values: {model: {epoch: {layer: [SRR of each seed]}}}.
     """
-    figure, axes = canvas(1, len(values), width=3.4, squeeze=False, sharey=True)
-    for axis, (model, by_epoch) in zip(axes[0], values.items()):
+    figure, axes = canvas(math.ceil(len(values) / 3), min(len(values), 3), width=3.4, height=2.8, squeeze=False, sharey=True)
+    for axis, (model, by_epoch) in zip(axes.flat, values.items()):
         epochs = sorted(by_epoch)
         for i, epoch in enumerate(epochs):
             layers = sorted(by_epoch[epoch])
@@ -78,8 +78,11 @@ def layerwise(values, path):
             colour = colormaps["viridis"](0.9 * i / max(len(epochs) - 1, 1))
             axis.plot(layers, means, "o-", color=colour, markersize=4, label="at initialisation" if epoch == 0 else f"epoch {epoch}")
         axis.set(title=model, xlabel="layer", xticks=layers)
-    axes[0, 0].set_ylabel("SRR measure, $\\lambda ||Z||_0 + R^c - R$")
-    axes[0, -1].legend(frameon=False, fontsize=8)
+    for axis in axes.flat[len(values) :]:
+        axis.remove()
+    figure.supylabel("SRR measure, $\\lambda ||Z||_0 + R^c - R$", fontsize=10)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False, fontsize=8)
     save(figure, path)
 
 
