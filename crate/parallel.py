@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 
@@ -17,7 +18,7 @@ def parallel(function, tasks, jobs, gpus=()):
     queue = context.Queue()
     for job in range(jobs if gpus else 0):
         queue.put(gpus[job % len(gpus)])
-    with ProcessPoolExecutor(jobs, context, _take_gpu if gpus else None, (queue,) if gpus else ()) as pool:
+    with ProcessPoolExecutor(jobs, context, _start, (queue if gpus else None,)) as pool:
         try:
             for future in as_completed([pool.submit(function, *task) for task in tasks]):
                 yield future.result()
@@ -28,8 +29,16 @@ def parallel(function, tasks, jobs, gpus=()):
             raise
 
 
-def _take_gpu(queue):
-    os.environ["CUDA_VISIBLE_DEVICES"] = queue.get()
+def _start(gpus):
+    """In a new worker: take a GPU, and see to it that the worker ends with its parent, however that ends."""
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def gpus_of(device, count):

@@ -3,6 +3,10 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,6 +215,30 @@ def test_grid_shards_and_skipping(script, tmp_path):
     assert sorted(path.name for path in (tmp_path / "jobs").iterdir()) == names
     for name in names:
         assert log(tmp_path / "jobs" / name) == log(tmp_path / "shards" / name)
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    command = [sys.executable, "train.py", *map(str, SMALL), "--epochs", "100000", "--seed", "0", "1", "--jobs", "2", "--out", tmp_path]
+    parent = subprocess.Popen(command, cwd=Path(training.__file__).parents[1], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(list(tmp_path.glob("*/last.pt"))) == 2)
+    parent.kill()
+    parent.wait()
+
+    def free(folder):
+        try:
+            with training.locked(folder):
+                return True
+        except InputError:
+            return False
+
+    wait_until(lambda: all(free(folder) for folder in tmp_path.iterdir()))
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_config_holds_every_flag(script, tmp_path):
