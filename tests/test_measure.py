@@ -80,7 +80,7 @@ def test_what_is_measured_is_skipped_unless_its_checkpoint_changed(script, runs,
     before = out.read_bytes()
     assert "2 runs, 2 measured already" in script("measure", runs / "b", runs / "a", "--out", out, *CHEAP)[1]
     assert out.read_bytes() == before
-    state = torch.load(runs / "b" / "last.pt")
+    state = torch.load(runs / "b" / "last.pt", weights_only=True)
     state["model"]["head.1.weight"] *= 2
     torch.save(state, runs / "b" / "last.pt")
     assert "2 runs, 1 measured already" in script("measure", runs, "--out", out, *CHEAP)[1]
@@ -150,7 +150,7 @@ def change(path, **changes):
 
 
 def nan(path):
-    state = torch.load(path)
+    state = torch.load(path, weights_only=True)
     state["model"]["layers.0.ista.D"].fill_(torch.nan)
     torch.save(state, path)
 
