@@ -6,7 +6,6 @@
 Writes rates.csv (R^c around every step), log.csv (the curves of Fig. 1b), fig_1a.png, fig_1b.png and fig_5.png.
 """
 
-
 from crate.cli import InputError, Parser, number, output_folder, run
 
 
