@@ -20,6 +20,8 @@ DEFAULTS = dict(
     image_size=None, patch_size=4, width=384, depth=12, heads=6, dropout=0.0,
     epochs=200, batch_size=128, lr=1e-4, schedule="cosine", clip_norm=None, stop_at_loss=None,
     srr_reg=0.0, srr_layer="last", srr_sparsity="l0", log_srr_every=0, seed=0,
+    # What the paper leaves open: ISTA's step and threshold and the softmax of the released CRATE; SRR's lambda and gamma.
+    ista_beta=0.1, ista_lambda=0.1, temperature="sqrt-p", srr_lambda=0.1, srr_gamma=1.0,
 )  # fmt: skip
 
 PRESETS = {

@@ -78,13 +78,13 @@ class MSSA(nn.Module):
     """Multi-head subspace self-attention (Eq. 4): heads V_k = U_k^T Z attend to themselves, an output matrix merges them.
 
     `output` is the output matrix: "U" (tied), "U^T" (tied), "W" (learned), "random" (fixed) or "I".
-    The softmax has temperature p^{-1/2}, as in the released CRATE.
+    `temperature` of the softmax: "sqrt-p", as in the released CRATE, or "none", as Eq. 4 is written.
     """
 
-    def __init__(self, *, width, heads, output, dropout=0.0):
+    def __init__(self, *, width, heads, output, dropout=0.0, temperature="sqrt-p"):
         super().__init__()
         self.heads, self.output, self.dropout = heads, output, dropout
-        self.scale = (width // heads) ** -0.5
+        self.scale = (width // heads) ** -0.5 if temperature == "sqrt-p" else 1.0
         self.U = nn.Linear(width, width, bias=False)  # weight = [U_1 .. U_K]^T
         self.W = nn.Linear(width, width) if output == "W" else None
         if output == "random":
@@ -112,10 +112,9 @@ class ISTA(nn.Module):
     Y + beta D^T (Y - D Y) = M Y with M = I + beta D^T (I - D): one matrix per step, one product per token.
     """
 
-    beta = sparsity = 0.1  # step size beta and lambda of the released CRATE
-
-    def __init__(self, width):
+    def __init__(self, width, beta=0.1, sparsity=0.1):  # step size beta and lambda of the released CRATE
         super().__init__()
+        self.beta, self.sparsity = beta, sparsity
         self.D = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(width, width)))
 
     def matrix(self):
@@ -132,13 +131,13 @@ class ISTA(nn.Module):
 class Layer(nn.Module):
     """Y = Z + sign MSSA(LN(Z)) (Eq. 8; Eq. 9 with sign -1), Z' = ISTA(LN(Y)) (Eq. 3); alpha = gamma = 1."""
 
-    def __init__(self, variant, *, width, heads, dropout=0.0):
+    def __init__(self, variant, *, width, heads, dropout=0.0, temperature="sqrt-p", beta=0.1, sparsity=0.1):
         super().__init__()
         self.sign, output, _ = VARIANT_TABLE[variant]
         self.norm1 = nn.LayerNorm(width)
-        self.mssa = MSSA(width=width, heads=heads, output=output, dropout=dropout)
+        self.mssa = MSSA(width=width, heads=heads, output=output, dropout=dropout, temperature=temperature)
         self.norm2 = nn.LayerNorm(width)
-        self.ista = ISTA(width)
+        self.ista = ISTA(width, beta, sparsity)
 
     def compress(self, tokens):
         return torch.add(tokens, self.mssa(self.norm1(tokens)), alpha=self.sign)

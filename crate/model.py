@@ -19,9 +19,10 @@ class CRATE(nn.Module):
 
     Dropout sits after the positions, after the softmax and after MSSA's output projection (Section 5).
     Images are (B, C, H, W) with H = W = image_size; a patch is flattened as (row, column, channel).
+    `options` are those of crate.layers.Layer.
     """
 
-    def __init__(self, name, *, image_size, patch_size, channels, classes, width, depth, heads, dropout=0.0):
+    def __init__(self, name, *, image_size, patch_size, channels, classes, width, depth, heads, dropout=0.0, **options):
         super().__init__()
         patch_dim, tokens = patch_size**2 * channels, (image_size // patch_size) ** 2
         self.patch_size, self.heads, self.dropout = patch_size, heads, dropout
@@ -31,7 +32,7 @@ class CRATE(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, width))
         self.pos_embedding = nn.Parameter(torch.randn(1, tokens + 1, width))
         self.layers = nn.ModuleList(
-            [Layer(name, width=width, heads=heads, dropout=dropout) for _ in range(depth)]
+            [Layer(name, width=width, heads=heads, dropout=dropout, **options) for _ in range(depth)]
         )
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
 
@@ -61,8 +62,11 @@ class CRATE(nn.Module):
         return self.forward_with_outputs(images)[0]
 
 
-def build_model(name, *, image_size, patch_size, channels, classes, width, depth, heads, dropout=0.0):
-    """A randomly initialised model of VARIANTS. Raises InputError where the name is unknown or sizes don't fit."""
+def build_model(name, *, image_size, patch_size, channels, classes, width, depth, heads, dropout=0.0, **options):
+    """A randomly initialised model of VARIANTS. Raises InputError where the name is unknown or sizes don't fit.
+
+    `options`: temperature of the softmax, step size beta and sparsity lambda of ISTA (crate.layers.Layer).
+    """
     if name not in VARIANTS:
         raise InputError(f"--model {name}: unknown; choose from {', '.join(VARIANTS)}")
     if heads < 1 or width % heads:
@@ -73,14 +77,15 @@ def build_model(name, *, image_size, patch_size, channels, classes, width, depth
         raise InputError(f"--dropout {dropout}: must be at least 0 and below 1")
     return CRATE(
         name, image_size=image_size, patch_size=patch_size, channels=channels, classes=classes,
-        width=width, depth=depth, heads=heads, dropout=dropout,
+        width=width, depth=depth, heads=heads, dropout=dropout, **options,
     )  # fmt: skip
 
 
 def model_from_config(config):
     """The model that a run's config.json describes."""
     sizes = ("image_size", "patch_size", "channels", "classes", "width", "depth", "heads", "dropout")
-    return build_model(config["model"], **{key: config[key] for key in sizes})
+    options = {"temperature": config["temperature"], "beta": config["ista_beta"], "sparsity": config["ista_lambda"]}
+    return build_model(config["model"], **{key: config[key] for key in sizes}, **options)
 
 
 # The released CRATE's parameter names, in terms of ours.

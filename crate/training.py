@@ -135,7 +135,8 @@ class Run:
         row = {"epoch": self.epoch, "step": self.step, **training, "val_loss": loss, "val_accuracy": accuracy}
         every = self.config["log_srr_every"]
         if every and self.epoch % every == 0:
-            row["srr"] = layer_srr(self.model, self.data.resize(self.data.train_images[:SRR_IMAGES]))
+            images = self.data.resize(self.data.train_images[:SRR_IMAGES])
+            row["srr"] = layer_srr(self.model, images, self.config["srr_lambda"], self.config["srr_gamma"])
         row["seconds"] = round(time.perf_counter() - started, 3)
         self.rows.append(row)
         with open(self.folder / "log.jsonl", "a") as stream:
@@ -153,7 +154,8 @@ class Run:
         srr = loss.new_zeros(())
         if config["srr_reg"]:
             weight = self.scaler.scale(torch.ones_like(srr)) * config["srr_reg"]
-            srr = add_srr_gradients(model, outputs, layers, weight, norm=config["srr_sparsity"])
+            coefficients = config["srr_lambda"], config["srr_gamma"]
+            srr = add_srr_gradients(model, outputs, layers, weight, *coefficients, norm=config["srr_sparsity"])
         self.scaler.scale(loss).backward()
         if config["clip_norm"] is not None:
             self.scaler.unscale_(self.optimizer)

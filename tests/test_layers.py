@@ -206,7 +206,8 @@ def test_ista_takes_a_descent_step_on_its_objective():
 
 
 def test_released_step_sizes():
-    assert (ISTA.beta, ISTA.sparsity) == (0.1, 0.1)
+    ista = ISTA(4)
+    assert (ista.beta, ista.sparsity) == (0.1, 0.1)
     bound = math.sqrt(6 / 400)  # Kaiming-uniform
     D = ISTA(400).D.detach()
     assert 0.99 * bound < D.abs().max() <= bound and abs(D.mean()) < 1e-3
@@ -363,5 +364,12 @@ def test_layer_under_autocast():
     assert_close(gradient, expected, 0.1)
 
 
-def test_temperature():
-    assert MSSA(width=WIDTH, heads=HEADS, output="I").scale == (WIDTH / HEADS) ** -0.5
+@pytest.mark.parametrize("temperature, scale", [("sqrt-p", (WIDTH / HEADS) ** -0.5), ("none", 1.0)])
+def test_temperature_step_size_and_threshold_are_options(temperature, scale):
+    layer, Z = build("crate-n", temperature=temperature, beta=0.3, sparsity=0.7), randn(2, TOKENS, WIDTH)
+    weights = copies(layer)
+    U = weights["mssa.U.weight"].mT
+    V = reference.attention(reference.layer_norm(Z, weights, "norm1"), U, HEADS, scale)
+    Y = Z - V @ U.mT
+    expected = reference.ista(reference.layer_norm(Y, weights, "norm2"), weights["ista.D"], 0.3, 0.7)
+    assert_close(layer(Z), expected, 1e-10)

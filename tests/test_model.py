@@ -185,7 +185,10 @@ def test_initialisations_differ():
 def test_model_from_config():
     size, channels, classes = DATASETS["digits"]
     config = DEFAULTS | dict(model="crate-t", image_size=size, channels=channels, classes=classes, patch_size=2, dropout=0.25)
-    model = model_from_config(config | dict(width=12, heads=2, depth=4))
+    options = dict(temperature="none", ista_beta=0.2, ista_lambda=0.3)
+    model = model_from_config(config | options | dict(width=12, heads=2, depth=4))
+    layer = model.layers[3]
+    assert (layer.mssa.scale, layer.ista.beta, layer.ista.sparsity) == (1.0, 0.2, 0.3)
     assert len(model.layers) == 4 and model.heads == 2 and model.dropout == 0.25 and model.layers[3].mssa.dropout == 0.25
     assert model.layers[0].mssa.output == "U^T"
     assert model(torch.randn(2, channels, size, size)).shape == (2, classes)

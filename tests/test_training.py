@@ -335,6 +335,17 @@ def test_a_run_without_srr_is_the_same_run_whatever_its_srr_flags(script, tmp_pa
     assert code == 0 and "3 runs" in out and "1 finished" in out
 
 
+def test_lambda_and_gamma_of_srr(tmp_path):
+    """With both coefficients chosen, the logged measure and the loss's are lambda l0 + R^c - R at that gamma."""
+    train(config(epochs=1, srr_layer="last", dropout=0.0, log_srr_every=1), tmp_path / "a", False)
+    train(config(epochs=1, srr_layer="last", dropout=0.0, log_srr_every=1, srr_lambda=0.5, srr_gamma=0.01), tmp_path / "b", False)
+    a, b = log(tmp_path / "a"), log(tmp_path / "b")
+    for layer, other in zip(a[0]["srr"], b[0]["srr"], strict=True):  # the same model, at initialisation
+        assert layer["l0"] == other["l0"] and layer["rate"] > 2 * other["rate"] > 0
+        assert other["srr"] == pytest.approx(0.5 * other["l0"] + other["rate_subspaces"] - other["rate"])
+    assert b[1]["train_srr"] == pytest.approx(b[1]["srr"][-1]["srr"], rel=0.2)  # the mean over the epoch, and at its end
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("srr_reg, dropout", [(0.0, 0.0), (0.1, 0.0), (0.1, 0.1)])
 def test_compile(tmp_path, srr_reg, dropout):
