@@ -144,7 +144,8 @@ def write(folder, rows, axes, statistics, columns, matrix, arguments):
         gap_name=arguments.gap, legend=colour,
     )  # fmt: skip
     gap_label = f"Kendall's τ with {arguments.gap}, 95 % interval"
-    figures.forest(drawn, folder / "forest.png", label=gap_label)
+    lines = [(row["measure"], row["tau"], row["tau_low"], row["tau_high"]) for row in drawn]
+    figures.forest(lines, folder / "forest.png", label=gap_label, highlight=("srr",), limits=(-1.03, 1.03))
     figures.rank_heatmap(list(columns), matrix, folder / "heatmap.png", label="Kendall's τ-b")
     write_csv(folder / "correlation.csv", statistics)
     write_text(folder / "correlation.md", markdown(statistics, axes, arguments))

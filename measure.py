@@ -83,12 +83,11 @@ def check_data(paths, data_dir):
     for path in paths:
         try:
             config = read_json(path / "config.json")
-            size, subset = config["image_size"], config["train_subset"]
-            wanted.add((config["dataset"], data_dir or config["data_dir"], size, subset))
+            wanted.add((config["dataset"], data_dir or config["data_dir"]))
         except (InputError, OSError, KeyError):  # reported when its turn comes
             pass
-    for dataset, folder, size, subset in wanted:
-        load_data(dataset, folder, image_size=size, train_subset=subset, device="cpu")
+    for dataset, folder in wanted:
+        load_data(dataset, folder)
 
 
 def measure_one(path, options):

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Everything, from nothing to REPORT.md:   bash run_all.sh             all stages
 #                                          bash run_all.sh test        one or more of them
-# Stages: setup attention train measure correlate report test. Each can be interrupted and run again.
+# Stages: setup attention train measure correlate report test, and, only when named, study: five seeds, regularisers at their
+# chosen strength, the models beyond the paper, depth. Each can be interrupted and run again.
 # PRESET=laptop|fashion|paper (default: paper where CUDA is present, else laptop)
 # JOBS=n processes at a time (default: one per GPU, else one per CPU core)
 set -euo pipefail
 cd "$(dirname "$0")"
 
-known="setup attention train measure correlate report test"
-stages=${*:-$known}
+default="setup attention train measure correlate report test"
+stages=${*:-$default}
 for stage in $stages; do
-  case " $known " in *" $stage "*) ;; *) echo "run_all.sh: error: no stage '$stage'; choose from: $known" >&2; exit 2 ;; esac
+  case " $default study " in *" $stage "*) ;; *) echo "run_all.sh: error: no stage '$stage'; choose from: $default study" >&2; exit 2 ;; esac
 done
 case ${JOBS:-1} in *[!0-9]* | 0) echo "run_all.sh: error: JOBS=$JOBS: must be a whole number, at least 1" >&2; exit 2 ;; esac
 
@@ -35,11 +36,11 @@ models="crate-c crate-n crate-t crate"
 # The grid of Section 5 (Table 4), the seeds of Section 6, the layers of Table 6 and how long training and measuring take.
 case $PRESET in
   laptop)  data=digits;        widths="48 96";   batches="64 128"; rates="1.5e-3 3e-3"; dropouts="0 0.05"; epochs=150
-           seeds="0 1 2"; layers="1 2 3";        train="20 min (an estimate)"; measure="3 min" ;;
+           seeds="0 1 2"; layers="1 2 3";        train="20 min (an estimate)"; measure="3 min"; study="2 h (an estimate)" ;;
   fashion) data=fashion-mnist; widths="48 96";   batches="64 128"; rates="1e-3 2e-3";   dropouts="0 0.05"; epochs=60
-           seeds="0 1 2"; layers="2 4";          train="several hours (an estimate)"; measure="30 min (an estimate)" ;;
+           seeds="0 1 2"; layers="2 4";          train="several hours (an estimate)"; measure="30 min (an estimate)"; study="a day (an estimate)" ;;
   paper)   data=cifar10;       widths="384 768"; batches="64 128"; rates="1e-4 3e-4";   dropouts="0 0.1";  epochs=300
-           seeds="0 1 2"; layers="2 4 6 8 10";   train="days on one GPU (an estimate)"; measure="hours (an estimate)" ;;
+           seeds="0 1 2"; layers="2 4 6 8 10";   train="days on one GPU (an estimate)"; measure="hours (an estimate)"; study="weeks on one GPU (an estimate)" ;;
   *) echo "run_all.sh: error: PRESET=$PRESET: must be laptop, fashion or paper" >&2; exit 2 ;;
 esac
 runs=runs/$PRESET
@@ -52,6 +53,19 @@ go() { # a run that failed has been reported, and the others can still be used; 
   "$python" "$@" || { status=$?; [ $status -lt 128 ] || exit $status; }
 }
 train() { go train.py --preset "$PRESET" --jobs "$JOBS" "$@"; }
+grid() { # the models of Section 5, stopped at a train cross-entropy of 0.01 (Tables 1, 4, 5; Figs. 4, 6), and their measures
+  train --model $models --width $widths --batch-size $batches --lr $rates --dropout $dropouts \
+    --epochs $epochs --schedule constant --augment none --stop-at-loss 0.01 --log-srr-every 0 "$@"
+}
+measure() { go measure.py $runs/*_stop0.01 --out "$results/measures.csv" --jobs "$JOBS"; }
+correlate_both() {
+  correlate --gap gap --out "$results/correlation"
+  correlate --gap gap_accuracy --out "$results/correlation_accuracy"
+}
+report() {
+  go -m crate.report --runs "$runs" --results "$results"
+  [ "$PRESET" != paper ] || go -m crate.report --runs runs/paper-cifar100 --results results/cifar100
+}
 correlate() { go correlate.py "$results/measures.csv" --hyperparameters model batch_size lr dropout --by width "$@"; }
 
 echo "== plan: preset $PRESET ($data), $JOBS processes"
@@ -63,6 +77,7 @@ for stage in $stages; do
     measure)   echo "   measure    complexity measures of the 64 models: $measure" ;;
     correlate) echo "   correlate  Tables 1, 5, Figs. 4, 6: 1 min" ;;
     report)    echo "   report     $results/REPORT.md: 10 s" ;;
+    study)     echo "   study      more seeds, chosen regularisers, depth, crate-e and vit: $study" ;;
     test)      echo "   test       the test suite: 2 min" ;;
   esac
 done
@@ -73,9 +88,7 @@ for stage in $stages; do
     setup) "$python" -c 'import sys, torch, torchvision; print(f"python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.cuda.device_count()} GPUs")' ;;
     attention) "$python" attention_only.py ;;
     train)
-      # Section 5: models stopped at a train cross-entropy of 0.01 (Tables 1, 4, 5; Figs. 4, 6)
-      train --model $models --width $widths --batch-size $batches --lr $rates --dropout $dropouts \
-        --epochs $epochs --schedule constant --augment none --stop-at-loss 0.01 --log-srr-every 0
+      grid
       # Section 6: cross-entropy against cross-entropy + SRR on the last layer (Table 2, Fig. 2) ...
       train --model $models --srr-reg 0 1e-3 --seed $seeds
       # ... other output matrices (Table 3) and other layers (Table 6)
@@ -84,15 +97,27 @@ for stage in $stages; do
       # ... and the second data set of Table 2, Fig. 3
       [ "$PRESET" != paper ] || train --dataset cifar100 --model $models --srr-reg 0 1e-3 --seed $seeds --out runs/paper-cifar100
       ;;
-    measure) go measure.py $runs/*_stop0.01 --out "$results/measures.csv" --jobs "$JOBS" ;;
-    correlate)
-      correlate --gap gap --out "$results/correlation"
-      correlate --gap gap_accuracy --out "$results/correlation_accuracy"
+    study)
+      # The strength of each regulariser is chosen on held-out training images, then tried with five seeds (Table 2).
+      for where in "--hold-out 0.2 --seed 0 1 2" "--seed 0 1 2 3 4"; do
+        train --model $models crate-e vit --srr-reg 0 1e-4 1e-3 1e-2 1e-1 1 $where
+        train --model $models --weight-decay 0.01 0.1 0.3 1 3 $where
+        train --model $models --dropout 0.02 0.05 0.1 0.2 0.3 $where
+      done
+      train --model crate-fix crate-identity --seed 0 1 2 3 4
+      train --model crate-c --srr-reg 1e-3 --srr-layer $layers random all --seed 0 1 2 3 4
+      train --model crate-c --srr-reg 1e-3 --srr-sparsity l1 --seed 0 1 2 3 4
+      train --model $models crate-e --depth 2 8 12 16 --seed 0 1 2
+      # SRR of a standard transformer, with its query, key and value matrices in the place of U
+      go measure.py $runs/*_p0_s[0-4] --groups srr --out "$results/srr.csv" --jobs "$JOBS"
+      grid --seed 1
+      measure
+      correlate_both
+      report
       ;;
-    report)
-      go -m crate.report --runs "$runs" --results "$results"
-      [ "$PRESET" != paper ] || go -m crate.report --runs runs/paper-cifar100 --results results/cifar100
-      ;;
+    measure) measure ;;
+    correlate) correlate_both ;;
+    report) report ;;
     test) "$python" -m pytest -q ;;
   esac
   echo "== $stage took $((SECONDS - began)) s"

@@ -27,17 +27,19 @@ def parse_arguments():
     add("--dataset", choices=tuple(DATASETS))
     add("--data-dir", default="data", help="where data sets are looked for and downloaded to (default: data)")
     add("--train-subset", type=positive, metavar="N", help="train on a fixed random choice of N training images")
+    add("--hold-out", type=number(float, 0, below=1), metavar="SHARE", help="validate on this share of the training images, to choose hyperparameters by")
     add("--augment", choices=("none", "basic"), help="basic: random resized crop, horizontal flip, RandAugment(2, 14)")
     add("--image-size", type=positive, help="resize images to this (default: the data set's own)")
     add("--patch-size", type=positive)
     add("--width", type=positive, help="d, one or more", **several)
-    add("--depth", type=positive, help="L")
+    add("--depth", type=positive, help="L, one or more", **several)
     add("--heads", type=positive, help="K")
     add("--dropout", type=number(float, 0, below=1), help="one or more", **several)
     add("--epochs", type=positive, help="with --stop-at-loss: at most so many")
     add("--batch-size", type=positive, help="one or more", **several)
     add("--lr", type=rate, help="Adam's (initial) learning rate, one or more", **several)
     add("--schedule", choices=("cosine", "constant"))
+    add("--weight-decay", type=number(float, 0), help="decoupled, on matrices (AdamW), one or more", **several)
     add("--clip-norm", type=rate, help="clip the gradient's norm to this")
     add("--stop-at-loss", type=rate, help="stop once cross-entropy over the training set is below this (the paper: 0.01)")
     add("--srr-reg", type=number(float, 0), help="eta of Eq. 14, one or more; 0: cross-entropy alone", **several)
@@ -61,7 +63,8 @@ def parse_arguments():
 
 def run_name(config):
     """The run folder's name: every flag that may take several values."""
-    name = "{model}_d{width}_b{batch_size}_lr{lr:g}_p{dropout:g}".format(**config)
+    name = "{model}_d{width}_L{depth}_b{batch_size}_lr{lr:g}_p{dropout:g}".format(**config)
+    name += (f"_wd{config['weight_decay']:g}" if config["weight_decay"] else "") + (f"_hold{config['hold_out']:g}" if config["hold_out"] else "")
     if config["srr_reg"]:
         name += "_eta{srr_reg:g}_{srr_layer}".format(**config) + "_l1" * (config["srr_sparsity"] == "l1")
     return name + f"_s{config['seed']}" + (f"_stop{config['stop_at_loss']:g}" if config["stop_at_loss"] else "")
@@ -85,7 +88,7 @@ def resolve(arguments, torch):
     native_size, base["channels"], base["classes"] = DATASETS[base["dataset"]]
     base["image_size"] = base["image_size"] or native_size
 
-    axes = ("width", "batch_size", "lr", "dropout", "model", "srr_reg", "srr_layer", "seed")
+    axes = ("width", "batch_size", "lr", "dropout", "weight_decay", "depth", "model", "srr_reg", "srr_layer", "seed")
     values = [base[axis] if isinstance(base[axis], list) else [base[axis]] for axis in axes]
     configs = {}
     for combination in itertools.product(*values):
@@ -128,7 +131,7 @@ def main():
     import torch
     from tqdm import tqdm
 
-    from crate.data import load_data
+    from crate.data import data_of
     from crate.training import check_config
 
     preset, configs = resolve(arguments, torch)
@@ -141,11 +144,11 @@ def main():
     pending = {name: config for name, config in configs.items() if not (out / name / "result.json").exists()}
     first = next(iter(configs.values()))
     print(
-        f"preset {preset}: {first['dataset']}, L = {first['depth']}, K = {first['heads']}, on {first['device']}; "
+        f"preset {preset}: {first['dataset']}, K = {first['heads']}, on {first['device']}; "
         f"{len(configs)} runs in {out}, {len(configs) - len(pending)} finished"
     )
     if pending:  # once for all: a missing data set is reported at once, and downloads don't collide
-        load_data(first["dataset"], first["data_dir"], train_subset=first["train_subset"])
+        data_of(first)
     jobs = min(arguments.jobs, max(len(pending), 1))
     threads = max(1, cores() // jobs)
     # The largest models first: a long run that starts last would leave the other processes idle.

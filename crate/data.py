@@ -114,11 +114,12 @@ LOADERS = {"digits": _digits, "fashion-mnist": _fashion_mnist, "cifar10": _cifar
 
 
 @functools.lru_cache(1)  # the runs of a grid share it
-def load_data(name, data_dir="data", *, image_size=None, train_subset=None, device="cpu"):
+def load_data(name, data_dir="data", *, image_size=None, train_subset=None, hold_out=0.0, device="cpu"):
     """The data set `name` as Data on `device`, downloaded into `data_dir` where it is missing.
 
     image_size: resize to this (None: the data set's own). train_subset: keep that many training images, chosen at random,
-    always the same. Raises InputError where files are missing and can't be downloaded, are broken, or hold too few images.
+    always the same. hold_out: validate on this share of the training images, taken out of training, in the place of the
+    validation images: what hyperparameters may be chosen by. Raises InputError where files are missing and can't be downloaded, are broken, or hold too few images.
     """
     if name not in LOADERS:
         raise InputError(f"--dataset {name}: unknown; choose from {', '.join(LOADERS)}")
@@ -134,12 +135,24 @@ def load_data(name, data_dir="data", *, image_size=None, train_subset=None, devi
             raise InputError(f"--train-subset {train_subset}: {name} has {len(labels)} training images")
         chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:train_subset]
         images, labels = images[chosen], labels[chosen]
+    if hold_out:
+        held = round(hold_out * len(labels))
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
+        if not 0 < held < len(labels):
+            raise InputError(f"--hold-out {hold_out}: leaves {held} of {len(labels)} training images to validate on")
+        val_images, val_labels, images, labels = images[order[:held]], labels[order[:held]], images[order[held:]], labels[order[held:]]
     size, channels, _ = DATASETS[name]
     images, val_images = (x.view(-1, channels, size, size).byte() for x in (images, val_images))
     std, mean = (x[:, None, None].to(device) for x in torch.std_mean(images.float() / 255, (0, 2, 3)))
     data = Data(None, labels.long().to(device), None, val_labels.long().to(device), images, mean, std, image_size or size)
     data.train_images, data.val_images = data.normalise(images.to(device)), data.normalise(val_images.to(device))
     return data
+
+
+def data_of(config, data_dir=None, device="cpu"):
+    """The data set of a run, from its config.json; data_dir: instead of the run's own."""
+    settings = {key: config[key] for key in ("image_size", "train_subset", "hold_out")}
+    return load_data(config["dataset"], data_dir or config["data_dir"], **settings, device=device)
 
 
 def epoch_order(examples, seed, epoch):

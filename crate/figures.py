@@ -6,10 +6,12 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from crate.claims import interval
+
 # Okabe and Ito's colours, told apart with any colour vision; one per model type, the same in every figure.
 COLOURS = {
     "crate-c": "#0072B2", "crate-n": "#D55E00", "crate-t": "#009E73", "crate": "#CC79A7",
-    "crate-fix": "#E69F00", "crate-identity": "#56B4E9",
+    "crate-fix": "#E69F00", "crate-identity": "#56B4E9", "crate-e": "#000000", "vit": "#F0E442",
 }  # fmt: skip
 GREY = "#555555"
 
@@ -21,9 +23,10 @@ def canvas(rows=1, columns=1, width=4.2, height=3.2, **settings):
 
 
 def save(figure, path):
-    """Write the figure as PNG to `path`, whose folder is made if need be."""
+    """Write the figure as PNG to `path`, whose folder is made if need be, and as PDF beside it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+    figure.savefig(Path(path).with_suffix(".pdf"), metadata={"CreationDate": None})
 
 
 def rates_by_layer(rows, titles, path):
@@ -64,25 +67,30 @@ def log_curves(curves, path):
     save(figure, path)
 
 
-def layerwise(values, path):
-    """SRR by layer, a line per epoch, a panel per model type, mean over seeds (Figs. 2, 3).
+def by_layer(panels, path, *, label, sequential=False, share=True):
+    """Lines over the layers, mean over seeds with its 95 % interval shaded, a panel each (Figs. 2, 3).
 
-    values: {model: {epoch: {layer: [SRR of each seed]}}}.
+    panels: {title: {line: {layer: [value of each seed]}}}, all with the same lines; sequential: the lines have an order, such
+    as epochs; share: the panels have one vertical axis.
     """
-    figure, axes = canvas(math.ceil(len(values) / 3), min(len(values), 3), width=3.4, height=2.8, squeeze=False, sharey=True)
-    for axis, (model, by_epoch) in zip(axes.flat, values.items()):
-        epochs = sorted(by_epoch)
-        for i, epoch in enumerate(epochs):
-            layers = sorted(by_epoch[epoch])
-            means = [sum(by_epoch[epoch][layer]) / len(by_epoch[epoch][layer]) for layer in layers]
-            colour = colormaps["viridis"](0.9 * i / max(len(epochs) - 1, 1))
-            axis.plot(layers, means, "o-", color=colour, markersize=4, label="at initialisation" if epoch == 0 else f"epoch {epoch}")
-        axis.set(title=model, xlabel="layer", xticks=layers)
-    for axis in axes.flat[len(values) :]:
+    columns = min(len(panels), 3)
+    figure, axes = canvas(math.ceil(len(panels) / 3), columns, width=8 / columns, height=2.5, squeeze=False, sharey=share)
+    lines = list(dict.fromkeys(line for panel in panels.values() for line in panel))
+    colours = [colormaps["viridis"](0.9 * i / max(len(lines) - 1, 1)) for i in range(len(lines))] if sequential else list(COLOURS.values())
+    style = {line: dict(color=colour, marker=marker) for line, colour, marker in zip(lines, colours, "os^Dv<>ph*" * len(lines))}
+    for axis, (title, panel) in zip(axes.flat, panels.items()):
+        for line, by in panel.items():
+            layers = sorted(by)
+            mean, low, high = zip(*(interval(by[layer]) for layer in layers))
+            axis.plot(layers, mean, markersize=3.5, linewidth=1.2, label=line, **style[line])
+            axis.fill_between(layers, low, high, color=style[line]["color"], alpha=0.2, linewidth=0)
+        axis.set(title=title, xlabel="layer")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes.flat[len(panels) :]:
         axis.remove()
-    figure.supylabel("SRR measure, $\\lambda ||Z||_0 + R^c - R$", fontsize=10)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False, fontsize=8)
+    figure.supylabel(label, fontsize=10)
+    handles = dict(pair[::-1] for axis in figure.axes for pair in zip(*axis.get_legend_handles_labels()))
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 6), frameon=False, fontsize=8)
     save(figure, path)
 
 
@@ -128,16 +136,16 @@ def _number_first(level):
         return (1, 0.0, level)
 
 
-def forest(rows, path, *, label):
-    """tau of every measure with its 95 % interval, highest first. rows: of crate.statistics.correlate, sorted."""
+def forest(rows, path, *, label, highlight=(), limits=None):
+    """A number with its 95 % interval on every line. rows: (name, number, low, high), from top to bottom; highlight: names."""
     figure, axis = canvas(1, 1, width=6.4, height=1.1 + 0.21 * len(rows))
-    for k, row in enumerate(rows):
-        colour = COLOURS["crate-n"] if row["measure"] == "srr" else COLOURS["crate-c"]
-        axis.plot([row["tau_low"], row["tau_high"]], [k, k], color=colour, linewidth=1.5)
-        axis.plot(row["tau"], k, "o", color=colour, markersize=4)
+    for k, (name, number, low, high) in enumerate(rows):
+        colour = COLOURS["crate-n"] if name in highlight else COLOURS["crate-c"]
+        axis.plot([low, high], [k, k], color=colour, linewidth=1.5)
+        axis.plot(number, k, "o", color=colour, markersize=4)
     axis.axvline(0, color=GREY, linewidth=0.8)
-    axis.set(xlim=(-1.03, 1.03), ylim=(len(rows) - 0.4, -0.6), xlabel=label)
-    axis.set_yticks(range(len(rows)), [row["measure"] for row in rows], fontsize=8)
+    axis.set(xlim=limits, ylim=(len(rows) - 0.4, -0.6), xlabel=label)
+    axis.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
     axis.grid(axis="x", alpha=0.3)
     save(figure, path)
 

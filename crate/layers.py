@@ -1,4 +1,7 @@
-"""One CRATE layer: compression by MSSA (Eqs. 2, 4, 8-10), then sparsification by ISTA (Eq. 3). Tokens are (B, N, d)."""
+"""One CRATE layer: compression by MSSA (Eqs. 2, 4, 8-10), then sparsification by ISTA (Eq. 3). Tokens are (B, N, d).
+
+Beyond the paper: compression by the exact gradient (Eq. 6), and a standard transformer's layer.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,10 +9,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from crate.config import VARIANT_TABLE
-from crate.rates import full_precision, merge_heads, split_heads
+from crate.rates import full_precision, merge_heads, split_heads, subspace_gradient
 
 
-LARGE = 256  # tokens from which on, and CUDA where, the N x N weights are better not written to memory
+LARGE = 80  # tokens beyond which, and CUDA where, the fused kernel that never writes the N x N weights is faster
 
 
 def dropout_factors(tensor, p):
@@ -34,12 +37,11 @@ def dropout(tensor, p):
 
 
 def _attend(V, scale, p):
-    """The output of self-attention of V (b, N, p), with its transposed weights (b, N, N) before and after dropout."""
-    gram = torch.baddbmm(V.new_empty(1, 1, 1), V, V.mT, beta=0, alpha=scale)
-    # The Gram matrix is symmetric: its softmax over columns is the transposed attention, and a faster kernel.
-    weights = gram.softmax(dim=-2).to(V.dtype)
+    """The output of self-attention of V (b, N, p), with its weights (b, N, N) before and after dropout."""
+    gram = torch.baddbmm(V.new_zeros(1, 1, 1), V, V.mT, beta=0, alpha=scale)
+    weights = gram.softmax(dim=-1).to(V.dtype)  # a row per token of the output
     dropped = dropout(weights, p)
-    return torch.bmm(dropped.mT, V), weights, dropped
+    return torch.bmm(dropped, V), weights, dropped
 
 
 class _SelfAttention(torch.autograd.Function):
@@ -56,10 +58,11 @@ class _SelfAttention(torch.autograd.Function):
     @once_differentiable
     def backward(context, upstream):
         V, output, weights, dropped = context.saved_tensors
-        inner = (upstream * output).sum(-1).unsqueeze(-2)  # (b, 1, N): the softmax's sum of weight times its gradient
-        gram = torch.bmm(V, upstream.mT).mul_(dropped).addcmul_(weights, inner, value=-1)  # gradient, transposed
-        gradient = torch.bmm(dropped, upstream)
-        return gradient.baddbmm_(gram + gram.mT, V, alpha=context.scale), None, None
+        inner = (upstream * output).sum(-1, keepdim=True)  # (b, N, 1): the softmax's sum of weight times its gradient
+        gram = torch.bmm(upstream, V.mT).mul_(dropped).addcmul_(weights, inner, value=-1)
+        gradient = torch.bmm(dropped.mT, upstream)  # of V as value, then as query and as key
+        gradient.baddbmm_(gram, V, alpha=context.scale).baddbmm_(gram.mT, V, alpha=context.scale)
+        return gradient, None, None
 
 
 def subspace_attention(V, scale=1.0, p=0.0):
@@ -77,15 +80,19 @@ def subspace_attention(V, scale=1.0, p=0.0):
 class MSSA(nn.Module):
     """Multi-head subspace self-attention (Eq. 4): heads V_k = U_k^T Z attend to themselves, an output matrix merges them.
 
+    `heads_from` tells what the heads are: "U" (Eq. 4), "exact" (their part of the gradient of R^c, Eq. 6, which has no softmax,
+    so none of its dropout) or "QKV" (standard attention, where U is the query matrix Q).
     `output` is the output matrix: "U" (tied), "U^T" (tied), "W" (learned), "random" (fixed) or "I".
     `temperature` of the softmax: "sqrt-p", as in the released CRATE, or "none", as Eq. 4 is written.
     """
 
-    def __init__(self, *, width, heads, output, dropout=0.0, temperature="sqrt-p"):
+    def __init__(self, *, width, heads, output, heads_from="U", dropout=0.0, temperature="sqrt-p"):
         super().__init__()
-        self.heads, self.output, self.dropout = heads, output, dropout
+        self.heads, self.output, self.heads_from, self.dropout = heads, output, heads_from, dropout
         self.scale = (width // heads) ** -0.5 if temperature == "sqrt-p" else 1.0
         self.U = nn.Linear(width, width, bias=False)  # weight = [U_1 .. U_K]^T
+        if heads_from == "QKV":
+            self.key, self.value = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
         self.W = nn.Linear(width, width) if output == "W" else None
         if output == "random":
             self.register_buffer("fixed", nn.Linear(width, width, bias=False).weight.detach())
@@ -99,11 +106,19 @@ class MSSA(nn.Module):
             return self.W(heads)
         return F.linear(heads, self.fixed) if self.output == "random" else heads
 
-    def forward(self, tokens):
+    def forward(self, tokens, first=None):
+        """(B, N, d) -> (B, N, d), or (B, first, d): the first tokens alone, which still attend to all."""
         p = self.dropout if self.training else 0.0
-        V = split_heads(self.U(tokens), self.heads)  # (B, K, N, p)
-        heads = merge_heads(subspace_attention(V, self.scale, p))
-        return dropout(self.merge(heads), p)
+        key = value = V = split_heads(self.U(tokens), self.heads)  # (B, K, N, p)
+        if self.heads_from == "QKV":
+            key, value = split_heads(self.key(tokens), self.heads), split_heads(self.value(tokens), self.heads)
+        if self.heads_from == "exact":
+            heads = subspace_gradient(V)[..., :first, :]
+        elif self.heads_from == "U" and first is None:
+            heads = subspace_attention(V, self.scale, p)
+        else:
+            heads = F.scaled_dot_product_attention(V[..., :first, :], key, value, dropout_p=p, scale=self.scale)
+        return dropout(self.merge(merge_heads(heads)), p)
 
 
 class ISTA(nn.Module):
@@ -128,19 +143,40 @@ class ISTA(nn.Module):
         return F.relu(F.linear(tokens, self.matrix(), threshold))
 
 
+class MLP(nn.Sequential):
+    """A standard transformer's second half: Linear, GELU, Linear with four times the width in between."""
+
+    def __init__(self, width):
+        super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
 class Layer(nn.Module):
-    """Y = Z + sign MSSA(LN(Z)) (Eq. 8; Eq. 9 with sign -1), Z' = ISTA(LN(Y)) (Eq. 3); alpha = gamma = 1."""
+    """Y = Z + sign MSSA(LN(Z)) (Eq. 8; Eq. 9 with sign -1), Z' = ISTA(LN(Y)) (Eq. 3); alpha = gamma = 1.
+
+    In vit, Z' = Y + MLP(LN(Y)).
+    """
 
     def __init__(self, variant, *, width, heads, dropout=0.0, temperature="sqrt-p", beta=0.1, sparsity=0.1):
         super().__init__()
-        self.sign, output, _ = VARIANT_TABLE[variant]
+        self.sign, heads_from, output, sparsification, _ = VARIANT_TABLE[variant]
         self.norm1 = nn.LayerNorm(width)
-        self.mssa = MSSA(width=width, heads=heads, output=output, dropout=dropout, temperature=temperature)
+        self.mssa = MSSA(
+            width=width, heads=heads, output=output, heads_from=heads_from, dropout=dropout, temperature=temperature
+        )
         self.norm2 = nn.LayerNorm(width)
-        self.ista = ISTA(width, beta, sparsity)
+        if sparsification == "ISTA":
+            self.ista, self.mlp = ISTA(width, beta, sparsity), None
+        else:
+            self.ista, self.mlp = None, MLP(width)
 
-    def compress(self, tokens):
-        return torch.add(tokens, self.mssa(self.norm1(tokens)), alpha=self.sign)
+    def compress(self, tokens, first=None):
+        return torch.add(tokens[..., :first, :], self.mssa(self.norm1(tokens), first), alpha=self.sign)
 
-    def forward(self, tokens):
-        return self.ista(self.norm2(self.compress(tokens)))
+    def sparsify(self, tokens):
+        if self.mlp is not None:
+            return tokens + self.mlp(self.norm2(tokens))
+        return self.ista(self.norm2(tokens))
+
+    def forward(self, tokens, first=None):
+        """(B, N, d) -> (B, N, d), or the first tokens of that alone, (B, first, d)."""
+        return self.sparsify(self.compress(tokens, first))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from crate.checkpoint import load_checkpoint, load_run, load_weights
 from crate.cli import InputError
-from crate.data import load_data
+from crate.data import data_of, load_data
 from crate.files import read_json
 from crate.model import from_released_crate
 from crate.srr import evaluating, layer_srr
@@ -29,11 +29,12 @@ DROP_RANGE = (0.09, 0.11)  # a drop outside is flagged
 EPS = 1e-3  # of the magnitude-aware bounds
 DIRECTIONS = 10  # noise directions, drawn once per model
 PRECISION = 1e-2  # relative, of the scales found; ten directions leave a noise of several per cent
+STEEPNESS = 3.0  # typical, of the logit of the drop over the logarithm of the scale
 ASCENT_STEPS = 4  # of sharpness
 
 # The columns of the table of measures that stand left of the measures.
 SETTINGS = ("model", "dataset", "train_subset", "width", "depth", "heads", "batch_size", "lr", "dropout",
-            "srr_reg", "srr_layer", "seed")  # fmt: skip
+            "weight_decay", "srr_reg", "srr_layer", "seed")  # fmt: skip
 RESULTS = ("reached_target", "steps", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 DETAILS = ("margin", "sigma", "sigma_drop", "sigma_mag", "sigma_mag_drop", "alpha", "alpha_drop", "flags")
 COLUMNS = ("run", *SETTINGS, *RESULTS, "checksum", "images", *DETAILS, "gap", "gap_accuracy")
@@ -156,7 +157,7 @@ def path_norm(model, image_shape, effective=True):
     """
     squared = without_layernorm(model)
     with evaluating(squared):
-        steps = [layer.ista.matrix().square() for layer in squared.layers]
+        steps = [layer.ista and layer.ista.matrix().square() for layer in squared.layers]
         for tensor in (*squared.parameters(), *squared.buffers()):
             tensor.square_()
         squared.cls_token.zero_()
@@ -164,7 +165,8 @@ def path_norm(model, image_shape, effective=True):
         if effective:
             for layer, step in zip(squared.layers, steps):
                 layer.sign = 1
-                layer.ista.forward = lambda tokens, step=step: F.relu(F.linear(tokens, step))
+                if layer.ista:
+                    layer.ista.forward = lambda tokens, step=step: F.relu(F.linear(tokens, step))
         return squared(squared.cls_token.new_ones(1, *image_shape)).sum().item()
 
 
@@ -176,21 +178,23 @@ def accuracy(model, weights, images, labels, chunk=256):
     return correct.item() / len(labels)
 
 
-def find_scale(drop, low=1e-4, high=1.0):
+def find_scale(drop, guess, low=1e-4, high=1.0):
     """The scale between `low` and `high` at which drop(scale), a loss of accuracy, crosses 0.1, and the drop there: two floats.
 
     Bisection on the logarithm of the scale, by Brent's method: the same bracket around the crossing, narrowed to PRECISION
-    in half the steps by interpolation in the logit of the drop. Nothing ends it early but a drop of exactly 0.1. Drops at
-    the two ends are taken for granted: where there is no crossing between, an end is returned, and the drop there tells.
+    in half the steps by interpolation in the logit of the drop. Nothing ends it early but a drop of exactly 0.1. The drops at
+    the two ends are taken for granted, with the logits that make it start at `guess`, a typical scale: where there is no
+    crossing between, an end is returned, and the drop there tells.
     """
-    ends = math.log(low), math.log(high)
-    drops = dict(zip(ends, (0.0, 0.9)))
+    ends, drops = [math.log(low), math.log(high)], {}
 
     def height(x):
+        if x in ends:
+            return STEEPNESS * (x - math.log(guess))
         if x not in drops:
-            drops[x] = drop(math.exp(x))
+            drops[x] = round(drop(math.exp(x)), 9)  # 1 - 0.9 is 0.1
         p = min(max(drops[x], 1e-3), 1 - 1e-3)
-        return math.log(p / (1 - p)) - math.log(DROP / (1 - DROP))
+        return 0.0 if p == DROP else math.log(p / (1 - p)) - math.log(DROP / (1 - DROP))
 
     x = brentq(height, *ends, xtol=PRECISION)
     scale = math.exp(x)
@@ -220,7 +224,7 @@ def noise_scale(model, images, labels, magnitude_aware=False, chunk=256):
 
     with evaluating(model):
         unperturbed = accuracy(model, {}, images, labels, chunk)
-        return find_scale(drop)
+        return find_scale(drop, 0.3 if magnitude_aware else 0.04)
 
 
 def gradient_signs(model, weights, images, labels, chunk=256):
@@ -256,7 +260,7 @@ def sharpness_radius(model, images, labels, chunk=256):
     with evaluating(model):
         unperturbed = accuracy(model, {}, images, labels, chunk)
         first = gradient_signs(model, weights, images, labels, chunk)  # the same for every radius
-        return find_scale(drop, 1e-5, 0.1)
+        return find_scale(drop, 1.5e-3, 1e-5, 0.1)
 
 
 class Images:
@@ -276,7 +280,8 @@ def srr(model, data):
     """Eq. 11 on the training set: {measure: float}, and the parts per layer, a list of dicts.
 
     `srr` is the measure of the model as it was trained. `srr_no_layernorm` has the identity for LayerNorm in the forward pass
-    (of a float64 copy); NaN where the tokens then grow beyond what can be factorised.
+    (of a float64 copy); NaN where the tokens then grow beyond what can be factorised. vit, whose U is the query matrix, has
+    `srr_key` and `srr_value` besides.
     """
     bare = without_layernorm(model)
     layers = layer_srr(model, Images(data.train_images, data.resize))
@@ -287,6 +292,9 @@ def srr(model, data):
     mean = {key: math.fsum(layer[key] for layer in layers) / len(layers) for key in layers[0]}
     measures = {"srr": mean["srr"], **{f"srr_{key}": mean[key] for key in ("l0", "rate_subspaces", "rate")}}
     measures["srr_no_layernorm"] = math.fsum(layer["srr"] for layer in bare_layers) / len(layers)
+    for matrix in ("key", "value") if hasattr(model.layers[0].mssa, "key") else ():
+        others = layer_srr(model, Images(data.train_images, data.resize), matrix=matrix)
+        measures[f"srr_{matrix}"] = math.fsum(layer["srr"] for layer in others) / len(others)
     parts = [
         {"layer": l, **layer, **{f"{key}_no_layernorm": value for key, value in bare_layer.items()}}
         for l, (layer, bare_layer) in enumerate(zip(layers, bare_layers), start=1)
@@ -378,11 +386,10 @@ def measure_run(path, *, groups, images, device="cpu", data_dir=None, heads=None
         result = read_json(path / "result.json")
         if not all(p.isfinite().all() for p in model.parameters()):
             raise InputError(f"{path / 'last.pt'}: its weights are not finite")
-        missing = {"dataset", "image_size", "train_subset", "data_dir"} - config.keys()
+        missing = {"dataset", "image_size", "train_subset", "hold_out", "data_dir"} - config.keys()
         if missing := missing | {"gap", "gap_accuracy"} - result.keys():
             raise InputError(f"{path}: config.json or result.json lacks {', '.join(sorted(missing))}")
-        settings = {key: config[key] for key in ("image_size", "train_subset")}
-        data = load_data(config["dataset"], data_dir or config["data_dir"], **settings, device=device)
+        data = data_of(config, data_dir, device)
     measures, details, layers = measure(model, initial, data, groups, images)
     values = config | result | details | {"run": path.name, "checksum": checksum(path), "images": images}
     row = {column: values.get(column) for column in COLUMNS} | measures

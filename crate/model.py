@@ -11,7 +11,7 @@ from crate.cli import InputError
 from crate.config import VARIANT_TABLE
 from crate.layers import Layer, dropout
 
-VARIANTS = {name: description for name, (_, _, description) in VARIANT_TABLE.items()}
+VARIANTS = {name: row[-1] for name, row in VARIANT_TABLE.items()}
 
 
 class CRATE(nn.Module):
@@ -59,7 +59,11 @@ class CRATE(nn.Module):
         return self.forward_with_outputs(images)[1]
 
     def forward(self, images):
-        return self.forward_with_outputs(images)[0]
+        """Logits (B, classes). The head reads CLS alone, so the last layer makes no other token."""
+        tokens = self.embed(images)
+        for layer in self.layers[:-1]:
+            tokens = layer(tokens)
+        return self.head(self.layers[-1](tokens, first=1)[:, 0])
 
 
 def build_model(name, *, image_size, patch_size, channels, classes, width, depth, heads, dropout=0.0, **options):

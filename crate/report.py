@@ -1,7 +1,7 @@
 """Tables and figures out of run folders: `python -m crate.report --runs runs/laptop --results results/digits`.
 
-First the run folders become two tables, runs.csv and layers.csv; then everything in --results, and nothing else, becomes
-REPORT.md and figures/. Without --runs the second half alone is done, so a report can be rebuilt from committed tables.
+First the run folders become tables, runs.csv, layers.csv and operators.csv; then everything in --results, and nothing else,
+becomes REPORT.md and figures/. Without --runs the second half alone is done, so a report can be rebuilt from committed tables.
 """
 
 import json
@@ -10,20 +10,29 @@ from pathlib import Path
 
 import numpy as np
 
+from crate import claims
 from crate.cli import InputError, Parser, output_folder, run
 from crate.config import DATASETS, DEFAULTS, PRESETS, VARIANT_TABLE
 from crate.files import markdown_table, read_csv, read_json, write_csv, write_text
 
 COLUMNS = (*DEFAULTS, "preset", "device", "amp", "parameters", "commit", "command")
+VARIED = ("srr_reg", "srr_layer", "srr_sparsity", "weight_decay", "dropout", "hold_out", "depth")  # by the tables' comparisons
 RESULTS = (
     "reached_target", "epochs", "steps", "train_loss", "train_accuracy",
     "val_loss", "val_accuracy", "gap", "gap_accuracy", "seconds",
 )  # fmt: skip
 
 
+CLAIMS_TEXT = """A claim *holds* where the whole 95 % interval of its number is on the claimed side, is *contradicted* where it is on the other
+side, and is *undecided* else (crate/claims.py). Intervals are t intervals over seeds; those of rank correlations are bootstraps.
+"""
+HELD_OUT_TEXT = """Bold: chosen by mean accuracy on training images that were held out; the validation images play no part in the choice.
+"""
+
+
 def collect(runs, results):
-    """Write runs.csv (a row per finished run) and layers.csv (layer-wise SRR by epoch) from the run folders in `runs`."""
-    rows, layers = [], []
+    """Write runs.csv (a row per finished run), layers.csv (layer-wise SRR by epoch) and operators.csv from the run folders."""
+    rows, layers, operators = [], [], []
     for path in sorted(Path(runs).glob("*/result.json")):
         config, result = read_json(path.with_name("config.json")), read_json(path)
         row = {"run": path.parent.name} | {key: config.get(key, "") for key in COLUMNS}
@@ -33,29 +42,57 @@ def collect(runs, results):
         rows.append(row)
         for line in path.with_name("log.jsonl").read_text().splitlines():
             epoch = json.loads(line)
-            for layer, parts in enumerate(epoch.get("srr", []), start=1):
-                layers.append({"run": path.parent.name, "epoch": epoch["epoch"], "layer": layer} | parts)
+            where = {"run": path.parent.name, "epoch": epoch["epoch"]}
+            for images, key in (("train", "srr"), ("val", "srr_val")):
+                layers += [where | {"images": images, "layer": l, **parts} for l, parts in enumerate(epoch.get(key, []), 1)]
+            for l, points in enumerate(epoch.get("operators", []), 1):
+                operators += [where | {"layer": l, "point": point, **parts} for point, parts in points.items()]
     if not rows:
         raise InputError(f"--runs {runs}: no finished run there; train first")
     write_csv(Path(results) / "runs.csv", rows)
-    if layers:
-        write_csv(Path(results) / "layers.csv", layers)
+    for name, table in (("layers", layers), ("operators", operators)):
+        if table:
+            write_csv(Path(results) / f"{name}.csv", table)
+
+
+def settings_of(preset):
+    """{column of runs.csv: what it says for a run with the preset's own settings}."""
+    settings = DEFAULTS | PRESETS[preset]
+    settings |= {"max_epochs": settings.pop("epochs"), "image_size": settings["image_size"] or DATASETS[settings["dataset"]][0]}
+    return {key: "" if value is None else str(value) for key, value in settings.items()}
 
 
 def at_preset(rows):
-    """The runs of fixed length at their preset's own settings: what Tables 2, 3, 6 and Fig. 2 compare."""
+    """The runs of fixed length at their preset's own settings, but for VARIED: what Tables 2, 3, 6 and Fig. 2 compare."""
     def matches(row):
-        settings = DEFAULTS | PRESETS[row["preset"]]
-        settings |= {"max_epochs": settings.pop("epochs"), "image_size": DATASETS[row["dataset"]][0]}
-        fixed = settings.keys() - {"dataset", "model", "seed", "srr_reg", "srr_layer", "log_srr_every"}
-        return all(str(settings[key] if settings[key] is not None else "") == row[key] for key in fixed)
+        settings = settings_of(row["preset"]) | {"image_size": str(DATASETS[row["dataset"]][0])}
+        return all(settings[key] == row[key] for key in settings.keys() - {"dataset", "model", "seed", "log_srr_every", *VARIED})
 
     return [row for row in rows if matches(row)]
 
 
-def accuracies(rows, **chosen):
-    """{seed: validation accuracy in %} of the runs that match `chosen`."""
-    return {r["seed"]: 100 * float(r["val_accuracy"]) for r in rows if all(r[key] == value for key, value in chosen.items())}
+def accuracies(rows, model, **changes):
+    """{seed: validation accuracy in %} of a model's runs that differ from their preset's settings in `changes` alone."""
+    def matches(row):
+        settings = settings_of(row["preset"]) | {"model": model} | changes
+        return all(row[key] == settings[key] for key in ("model", *VARIED))
+
+    return {row["seed"]: 100 * float(row["val_accuracy"]) for row in rows if matches(row)}
+
+
+def values_of(rows, axis):
+    """The values of a column of numbers that occur, as text, in order."""
+    return sorted({row[axis] for row in rows}, key=float)
+
+
+def chosen(rows, model, axis):
+    """The value of `axis` (srr_reg, weight_decay or dropout) with the best mean accuracy on held-out training images, as text.
+
+    The smallest of the best; the paper's 0.001 for srr_reg, and None for the others, where nothing was held out.
+    """
+    held = {v: accuracies(rows, model, hold_out=h, **{axis: v}) for v in values_of(rows, axis) for h in values_of(rows, "hold_out") if float(h)}
+    held = {v: np.mean(list(by_seed.values())) for v, by_seed in held.items() if by_seed and float(v)}
+    return max(held, key=held.get) if held else "0.001" if axis == "srr_reg" else None
 
 
 def spread(values):
@@ -87,25 +124,53 @@ def names(rows):
 
 def table_2(rows):
     """Cross-entropy against cross-entropy + SRR on the last layer, validation accuracy by model type (Table 2)."""
-    etas = sorted({row["srr_reg"] for row in rows if row["srr_layer"] == "last"} - {"0.0"}, key=float)
     lines = []
     for model in names(rows):
-        plain = accuracies(rows, model=model, srr_reg="0.0")
-        for eta in etas:
-            regularised = accuracies(rows, model=model, srr_reg=eta, srr_layer="last")
-            if plain and regularised:
-                lines.append([model, eta, spread(plain.values()), spread(regularised.values()), paired(regularised, plain)])
+        eta = chosen(rows, model, "srr_reg")
+        plain, regularised = accuracies(rows, model), accuracies(rows, model, srr_reg=eta)
+        if plain and regularised:
+            lines.append([model, eta, spread(plain.values()), spread(regularised.values()), paired(regularised, plain)])
     return lines and markdown_table(["model", "eta", "cross-entropy", "cross-entropy + SRR", "difference, 95 % interval"], lines)
 
 
-def table_3(rows):
-    """Output matrices: parameters and validation accuracy without SRR in the loss (Table 3)."""
+def table_choices(rows, axis, name):
+    """Every value of a regulariser's strength: accuracy on held-out training images, by which one is chosen, and on validation images."""
     lines = []
     for model in names(rows):
-        plain = accuracies(rows, model=model, srr_reg="0.0")
-        parameters = next(row["parameters"] for row in rows if row["model"] == model)
-        lines.append([model, VARIANT_TABLE[model][2].split(": ", 1)[1], f"{int(parameters):,}", spread(plain.values())])
-    return markdown_table(["model", "compression step", "parameters", "validation accuracy"], lines)
+        plain, best = accuracies(rows, model), chosen(rows, model, axis)
+        for value in values_of(rows, axis):
+            held = {seed: a for h in values_of(rows, "hold_out") if float(h) for seed, a in accuracies(rows, model, hold_out=h, **{axis: value}).items()}
+            full = accuracies(rows, model, **{axis: value})
+            if held and full:
+                difference = paired(full, plain) if float(value) else ""
+                lines.append([model, f"**{value}**" if value == best else value, spread(held.values()), spread(full.values()), difference])
+    return lines and markdown_table(["model", name, "held-out images", "validation images", "difference to 0, 95 % interval"], lines)
+
+
+def table_regularisers(rows):
+    """SRR beside what people already have, each at the strength chosen on held-out training images."""
+    lines = []
+    for model in names(rows):
+        plain = accuracies(rows, model)
+        best = {axis: chosen(rows, model, axis) for axis in ("srr_reg", "weight_decay", "dropout")}
+        if not all(best.values()):
+            continue
+        cells = [f"{best[axis]}: {paired(accuracies(rows, model, **{axis: best[axis]}), plain)}" for axis in best]
+        lines.append([model, spread(plain.values()), *cells])
+    header = ["model", "none", "SRR, eta: difference", "weight decay: difference", "dropout: difference"]
+    return lines and markdown_table(header, lines)
+
+
+def table_3(rows):
+    """Output matrices, and the models beyond the paper: parameters and validation accuracy without SRR in the loss (Table 3)."""
+    lines = []
+    for model in names(rows):
+        plain = accuracies(rows, model)
+        if plain:
+            own = (row for row in rows if row["model"] == model and row["depth"] == settings_of(row["preset"])["depth"])
+            parameters = int(next(own)["parameters"])
+            lines.append([model, VARIANT_TABLE[model][-1].split(": ", 1)[1], f"{parameters:,}", spread(plain.values())])
+    return lines and markdown_table(["model", "compression step", "parameters", "validation accuracy"], lines)
 
 
 def table_4(rows):
@@ -120,34 +185,104 @@ def table_4(rows):
     return markdown_table(["", "values"], lines) + ("\nMissed the target: " + ", ".join(missed) + "\n" if missed else "")
 
 
-def table_6(rows):
-    """Which layer's SRR is in the loss (Table 6)."""
-    depth = int(rows[0]["depth"])
+def table_matrices(measured, rows):
+    """Eq. 11 of trained models; a standard transformer's with its query, key and value matrices in the place of U."""
+    runs = {row["run"] for row in rows}
     lines = []
     for model in names(rows):
-        plain = accuracies(rows, model=model, srr_reg="0.0")
-        choices = {(row["srr_layer"], row["srr_reg"]) for row in rows if row["model"] == model and row["srr_reg"] != "0.0"}
-        if len({layer for layer, _ in choices}) < 2:
+        own = [row for row in measured if row["model"] == model and row["run"] in runs]
+        if own:
+            columns = ("srr", "srr_key", "srr_value")
+            lines.append([model, *(spread([float(row[key]) for row in own if row.get(key)]) for key in columns)])
+    return lines and markdown_table(["model", "SRR with U (in vit the query matrix)", "with the key matrix", "with the value matrix"], lines)
+
+
+def eta_of_layers(rows, model):
+    """The eta at which most layers have been regularised, as text: the one that Table 6 compares them at."""
+    tried = {eta: {row["srr_layer"] for row in rows if (row["model"], row["srr_reg"]) == (model, eta)} for eta in values_of(rows, "srr_reg")}
+    return max(tried, key=lambda eta: (float(eta) > 0, len(tried[eta])))
+
+
+def table_6(rows):
+    """Which layer's SRR is in the loss, and with which norm (Table 6)."""
+    lines = []
+    for model in names(rows):
+        plain, eta = accuracies(rows, model), eta_of_layers(rows, model)
+        own = {(row["srr_layer"], row["srr_sparsity"]) for row in rows if row["model"] == model and row["srr_reg"] == eta}
+        if not plain or len(own) < 2:
             continue
-        lines.append([model, "none", "-", spread(plain.values()), ""])
-        for layer, eta in sorted(choices, key=lambda c: (c[1], not c[0].isdecimal(), c[0].zfill(4))):
-            name = f"last ({depth})" if layer == "last" else layer
-            chosen = accuracies(rows, model=model, srr_reg=eta, srr_layer=layer)
-            lines.append([model, name, eta, spread(chosen.values()), paired(chosen, plain)])
-    return lines and markdown_table(["model", "layer", "eta", "validation accuracy", "difference to none, 95 % interval"], lines)
+        lines.append([model, "none", "", "", spread(plain.values()), ""])
+        for layer, norm in sorted(own, key=lambda c: (not c[0].isdecimal(), c[0].zfill(4), c[1])):
+            by_seed = accuracies(rows, model, srr_reg=eta, srr_layer=layer, srr_sparsity=norm)
+            if by_seed:
+                lines.append([model, layer, norm, eta, spread(by_seed.values()), paired(by_seed, plain)])
+    return lines and markdown_table(["model", "layer", "norm of Z", "eta", "validation accuracy", "difference to none, 95 % interval"], lines)
 
 
-def figure_2(rows, layers, path):
-    """Layer-wise SRR by epoch, a panel per model type, mean over seeds (Figs. 2, 3); drawn to `path`."""
+def with_run(table, rows):
+    """The rows of layers.csv or operators.csv that belong to `rows`, as numbers, with the run's model and seed."""
+    runs, text = {row["run"]: row for row in rows}, ("run", "images", "point")
+    return [
+        {key: value if key in text else float(value) for key, value in row.items()}
+        | {key: runs[row["run"]][key] for key in ("model", "seed")}
+        for row in table if row["run"] in runs
+    ]  # fmt: skip
+
+
+def nested(rows, value, *keys):
+    """{first key: {second key: .. {last key: [value of every row]}}}."""
+    result = {}
+    for row in rows:
+        level = result
+        for key in keys[:-1]:
+            level = level.setdefault(row[key], {})
+        level.setdefault(row[keys[-1]], []).append(value(row))
+    return result
+
+
+def layer_figures(layers, operators, results):
+    """Layer-wise SRR by epoch, its parts (Figs. 2, 3), and what each operator changes, drawn to results/figures."""
     from crate import figures
 
-    chosen = {row["run"]: row["model"] for row in rows if row["srr_reg"] == "0.0"}
-    values = {}  # {model: {epoch: {layer: [srr of each seed]}}}
-    for row in layers:
-        if row["run"] in chosen:
-            by_epoch = values.setdefault(chosen[row["run"]], {}).setdefault(int(row["epoch"]), {})
-            by_epoch.setdefault(int(row["layer"]), []).append(float(row["srr"]))
-    figures.layerwise({name: values[name] for name in VARIANT_TABLE if name in values}, path)
+    def ordered(by_model):
+        return {name: by_model[name] for name in VARIANT_TABLE if name in by_model}
+
+    def by_epoch(panel):
+        return {"at initialisation" if epoch == 0 else f"epoch {epoch:g}": panel[epoch] for epoch in sorted(panel)}
+
+    parts = {
+        "SRR": lambda row: row["srr"], r"$\lambda ||Z||_0$": lambda row: row["srr"] - row["rate_subspaces"] + row["rate"],
+        "$R^c$": lambda row: row["rate_subspaces"], "$R$": lambda row: row["rate"],
+    }  # fmt: skip
+    for images, name in (("train", "fig_2"), ("val", "fig_2_validation")):
+        own = ordered(nested([row for row in layers if row["images"] == images], parts["SRR"], "model", "epoch", "layer"))
+        panels = {model: by_epoch(panel) for model, panel in own.items()}
+        label = "SRR measure, $\\lambda ||Z||_0 + R^c - R$"
+        figures.by_layer(panels, results / "figures" / f"{name}.png", label=label, sequential=True)
+    panels = {}
+    train = [row for row in layers if row["images"] == "train"]
+    by_part = {part: nested(train, value, "model", "epoch", "layer") for part, value in parts.items() if part != "SRR"}
+    for model in ordered(by_part["$R$"]):
+        panels |= {f"{model}: {part}": by_epoch(by_model[model]) for part, by_model in by_part.items()}
+    figures.by_layer(panels, results / "figures" / "fig_2_parts.png", label="nats", sequential=True, share=False)
+
+    if operators:
+        last = max(row["epoch"] for row in operators)
+        steps = {"attention step": ("input", "compressed"), "LayerNorm": ("compressed", "normalised"), "ISTA": ("normalised", "output")}
+        values = {("$R^c$", "rate"): lambda row: row["rate_subspaces"],
+                  (r"$\lambda ||Z||_0 - R$", "sparse_rate"): lambda row: row["srr"] - row["rate_subspaces"]}  # fmt: skip
+        for (label, name), value in values.items():
+            own = nested([row for row in operators if row["epoch"] == last], value, "model", "point", "layer")
+            panels = {
+                model: {
+                    step if "normalised" in points else {"LayerNorm": "MLP"}.get(step, step): {
+                        layer: np.subtract(points.get(after, points["output"])[layer], points[before][layer]) for layer in points[before]
+                    }
+                    for step, (before, after) in steps.items() if before in points
+                }
+                for model, points in ordered(own).items()
+            }  # fmt: skip
+            figures.by_layer(panels, results / "figures" / f"operators_{name}.png", label=f"change of {label} (nats)")
 
 
 def provenance_table(rows):
@@ -205,24 +340,98 @@ def correlations(results, gap, what):
     return parts
 
 
+def all_claims(results, rates, base, fixed, layers, operators):
+    """The claims table's rows, from whatever tables there are (crate/claims.py)."""
+    rows = claims.attention_claims(rates)
+    rows += claims.layer_claims([row for row in layers if row["images"] == "train"])
+    rows += claims.operator_claims(operators)
+    folders = sorted(Path(results).glob("correlation/width=*"), key=lambda folder: int(folder.name.split("=")[1]))
+    for folder in folders:
+        table = [
+            {key: value if key in ("measure", "note") else float(value) for key, value in row.items()}
+            for row in read_csv(folder / "correlation.csv")
+        ]
+        rows += claims.correlation_claims(table, f"d = {folder.name.split('=')[1]}", folder == folders[0])
+
+    def accuracy(model, layer=None, among_layers=False):
+        if model not in names(fixed):
+            return {}
+        eta = eta_of_layers(fixed, model) if among_layers else chosen(fixed, model, "srr_reg")
+        return accuracies(fixed, model, **({"srr_reg": eta, "srr_layer": layer} if layer else {}))
+
+    return rows + claims.regularisation_claims(accuracy)
+
+
+def claims_table(rows):
+    """The claims table as Markdown."""
+    def line(row):
+        bounds = f"[{row['low']:+.3g}, {row['high']:+.3g}]" if np.isfinite(row["low"]) else "-"
+        return [row["section"], row["claim"], row["claimed"], f"{row['number']:+.3g}", bounds, f"{row['n']} {row['of']}", f"**{row['verdict']}**"]
+
+    header = ["section", "claim: the number that decides it", "claimed", "number", "95 % interval", "n", "verdict"]
+    return markdown_table(header, map(line, rows))
+
+
+def depth_section(fixed, layers, results):
+    """Accuracy by depth, and SRR along the layers of trained models of every depth."""
+    from crate import figures
+
+    depths = sorted({row["depth"] for row in fixed}, key=int)
+    if len(depths) < 2:
+        return []
+    by_depth = {model: {depth: accuracies(fixed, model, depth=depth) for depth in depths} for model in names(fixed)}
+    lines = [[model, *(spread(a.values()) for a in own.values())] for model, own in by_depth.items() if sum(map(bool, own.values())) > 1]
+    plain = {row["run"]: row["depth"] for row in fixed if row["srr_reg"] == "0.0" and row["hold_out"] == "0.0"}
+    last = max((row["epoch"] for row in layers), default=0)
+    rows = [row | {"depth": plain[row["run"]]} for row in layers if row["run"] in plain and row["images"] == "train" and row["epoch"] == last]
+    curves = nested(rows, lambda row: row["srr"], "model", "depth", "layer")
+    panels = {model: {f"L = {d}": curves[model][d] for d in depths if d in curves[model]} for model, *_ in lines if model in curves}
+    if panels:
+        label = "SRR measure after training"
+        figures.by_layer(panels, Path(results) / "figures" / "depth.png", label=label, sequential=True)
+    return [
+        markdown_table(["validation accuracy, %", *(f"L = {depth}" for depth in depths)], lines),
+        image("SRR along the layers of trained models of every depth, mean over seeds, 95 % intervals", "figures/depth.png", results),
+    ]
+
+
 def write_report(results, attention):
     """REPORT.md and its figures, from the tables in `results` and the attention-only tables in `attention`."""
     results, text = Path(results), []
-    rows = read_csv(results / "runs.csv") if (results / "runs.csv").exists() else []
+
+    def table(name):
+        return read_csv(results / name) if (results / name).exists() else []
+
+    rows = table("runs.csv")
     grid, fixed = [row for row in rows if row["stop_at_loss"]], at_preset(rows)
-    if (Path(attention) / "rates.csv").exists():
+    base = [row for row in fixed if all(row[key] == settings_of(row["preset"])[key] for key in VARIED)]
+    rates = read_rates(Path(attention) / "rates.csv") if (Path(attention) / "rates.csv").exists() else []
+    every_layer = table("layers.csv")
+    layers, operators = with_run(every_layer, base), with_run(table("operators.csv"), base)
+    claimed = all_claims(results, rates, base, fixed, layers, operators)
+    if claimed:
+        write_csv(results / "claims.csv", claimed)
+        text += section("The paper's claims on these data", CLAIMS_TEXT, claims_table(claimed))
+    if rates:
         folder = os.path.relpath(attention, results)
         text += section(
             "Does a compression step lower R^c? (Section 4.1)",
-            attention_table(read_rates(Path(attention) / "rates.csv")),
+            attention_table(rates),
             image("R^c before and after CRATE-C's attention step, by layer (Fig. 1a)", f"{folder}/fig_1a.png", results),
             image("The logarithm and its expansions (Fig. 1b)", f"{folder}/fig_1b.png", results),
             image("R^c before and after each update, by layer (Fig. 5, and CRATE-N)", f"{folder}/fig_5.png", results),
         )
-    if fixed and (results / "layers.csv").exists():
-        figure_2(fixed, read_csv(results / "layers.csv"), results / "figures" / "fig_2.png")
-        caption = "SRR measure of every layer's output on training images, by epoch, mean over seeds (Figs. 2, 3)"
-        text += section("Layer-wise SRR (Section 4.3)", image(caption, "figures/fig_2.png", results))
+    if layers:
+        layer_figures(layers, operators, results)
+        what = "of every layer's output, by epoch, mean over seeds, 95 % intervals"
+        text += section(
+            "Layer-wise SRR (Section 4.3)",
+            image(f"SRR measure {what}, on training images (Figs. 2, 3)", "figures/fig_2.png", results),
+            image(f"SRR measure {what}, on validation images", "figures/fig_2_validation.png", results),
+            image(f"The parts of SRR {what}, on training images", "figures/fig_2_parts.png", results),
+            image("What each operator of trained models adds to R^c, by layer", "figures/operators_rate.png", results),
+            image("What each operator adds to the sparse rate", "figures/operators_sparse_rate.png", results),
+        )
     if grid:
         text += section("The models of Section 5 (Table 4)", table_4(grid))
     text += section(
@@ -231,10 +440,14 @@ def write_report(results, attention):
         *correlations(results, "correlation_accuracy", "gap in accuracy"),
     )
     if fixed:
-        what = "Validation accuracy in % after the last epoch, mean ± standard deviation over seeds; differences are paired by seed."
-        text += section("SRR in the loss, last layer (Section 6, Table 2)", what + "\n", table_2(fixed))
-        text += section("Output matrices (Table 3)", table_3(fixed))
-        text += section("Which layer's SRR (Table 6)", table_6(fixed))
+        what = "Validation accuracy in % after the last epoch, mean ± standard deviation over seeds; differences are paired by seed.\n"
+        text += section("SRR in the loss, last layer (Section 6, Table 2)", what, table_2(fixed))
+        text += section("Choosing eta", HELD_OUT_TEXT, table_choices(fixed, "srr_reg", "eta"))
+        text += section("SRR against weight decay and dropout", what, table_regularisers(fixed))
+        text += section("Output matrices (Table 3), and models beyond the paper", what, table_3(fixed))
+        text += section("Which layer's SRR (Table 6)", what, table_6(fixed))
+        text += section("SRR of a standard transformer", table_matrices(table("srr.csv"), base))
+        text += section("Depth", *depth_section(fixed, with_run(every_layer, fixed), results))
     if rows:
         text += section("Where the numbers come from", provenance_table(rows))
     if not text:

@@ -8,13 +8,28 @@ import torch
 from crate.rates import coding_rate, full, subspace_coding_rate
 
 
-def _rates(model, tokens, layer, gamma):
+def _rates(model, tokens, layer, gamma, matrix="U"):
     """R^c and R of the output (B, N, d) of `layer` (0-based), per image: (B,), (B,)."""
     try:
-        compressed = subspace_coding_rate(tokens, model.layers[layer].mssa.U.weight.mT, model.heads, gamma)
+        U = getattr(model.layers[layer].mssa, matrix).weight.mT
+        compressed = subspace_coding_rate(tokens, U, model.heads, gamma)
         return compressed, coding_rate(tokens, model.heads * gamma)  # one eps for both rates: R's coefficient is K gamma
     except ValueError as error:
         raise ValueError(f"layer {layer + 1}: {error}")
+
+
+def _sums(model, tokens, layer, gamma, matrix="U"):
+    """Non-zeros, R^c and R of the tokens of `layer`, summed over the images: (3,) float64."""
+    compressed, rate = _rates(model, tokens, layer, gamma, matrix)
+    return torch.stack([(tokens != 0).sum().double(), compressed.double().sum(), rate.double().sum()])
+
+
+def _parts(sums, images, layer, sparsity):
+    """The measure and its parts from `_sums`, averaged over `images` images."""
+    l0, compressed, rate = (sums / images).tolist()
+    if not math.isfinite(compressed + rate):  # on CUDA, where a rate is NaN rather than an error
+        raise ValueError(f"layer {layer + 1}: the rates are not finite: the tokens are not finite or far too large")
+    return {"l0": l0, "rate_subspaces": compressed, "rate": rate, "srr": sparsity * l0 + compressed - rate}
 
 
 @contextmanager
@@ -30,26 +45,42 @@ def evaluating(model):
             module.training = mode
 
 
-def layer_srr(model, images, sparsity=0.1, gamma=1.0, chunk=256):
+def layer_srr(model, images, sparsity=0.1, gamma=1.0, chunk=256, matrix="U"):
     """The SRR measure of every layer's output on images (B, C, H, W), averaged over them, in eval mode.
 
+    `matrix` names the subspaces: "U", in vit the query matrix, or vit's "key" or "value".
     Returns a list over the L layers of {"l0": non-zeros per image, "rate_subspaces": R^c, "rate": R,
     "srr": sparsity * l0 + R^c - R} (the rates in nats). Raises ValueError naming the layer whose tokens are not finite.
     """
-    sums = torch.zeros(len(model.layers), 3, dtype=torch.float64, device=images.device)
+    sums = [0.0] * len(model.layers)
     with evaluating(model):
         for part in images.split(chunk):
             for layer, tokens in enumerate(model.layer_outputs(part)):
-                compressed, rate = _rates(model, tokens, layer, gamma)
-                parts = tokens.count_nonzero().double(), compressed.double().sum(), rate.double().sum()
-                sums[layer] += torch.stack(parts)
-    means = (sums / len(images)).tolist()
-    for layer, parts in enumerate(means, start=1):
-        if not all(map(math.isfinite, parts)):  # on CUDA, where a rate is NaN rather than an error
-            raise ValueError(f"layer {layer}: the rates are not finite: the tokens are not finite or far too large")
+                sums[layer] += _sums(model, tokens, layer, gamma, matrix)
+    return [_parts(total, len(images), layer, sparsity) for layer, total in enumerate(sums)]
+
+
+def operator_rates(model, images, sparsity=0.1, gamma=1.0, chunk=256):
+    """The same parts around the operators of every layer l, all with its U^l: which operator lowers what?
+
+    Returns a list over the layers of {"input": Z^{l-1}, "compressed": Z^{l-1} with MSSA's step, "normalised": LayerNorm of
+    that (missing in vit), "output": Z^l after ISTA}, each a dict as layer_srr gives it. Raises ValueError as layer_srr does.
+    """
+    sums = [{} for _ in model.layers]
+    with evaluating(model):
+        for part in images.split(chunk):
+            tokens = model.embed(part)
+            for index, layer in enumerate(model.layers):
+                compressed = layer.compress(tokens)
+                points = {"input": tokens, "compressed": compressed}
+                if layer.ista:
+                    points["normalised"] = layer.norm2(compressed)
+                points["output"] = tokens = layer.sparsify(compressed)
+                for point, value in points.items():
+                    sums[index][point] = sums[index].get(point, 0.0) + _sums(model, value, index, gamma)
     return [
-        {"l0": l0, "rate_subspaces": compressed, "rate": rate, "srr": sparsity * l0 + compressed - rate}
-        for l0, compressed, rate in means
+        {point: _parts(total, len(images), layer, sparsity) for point, total in points.items()}
+        for layer, points in enumerate(sums)
     ]
 
 
@@ -71,7 +102,7 @@ def add_srr_gradients(model, outputs, layers, weight, sparsity=0.1, gamma=1.0, n
             objective = objective + sparsity * full(tokens).abs().sum() / len(tokens)
             measure = objective.detach()
         else:
-            measure = objective.detach() + sparsity * tokens.count_nonzero().to(rate.dtype) / len(tokens)
+            measure = objective.detach() + sparsity * (tokens != 0).sum().to(rate.dtype) / len(tokens)
         parameters = [p for p in model.layers[layer].parameters() if p.requires_grad]
         gradients = []  # of a frozen layer
         if parameters:

@@ -107,6 +107,11 @@ def mean_over_groups(sums, counts):
         return np.where(counts > 0, sums / counts, 0).sum(0) / (counts > 0).sum(0)
 
 
+def mean_of_finite(values):
+    """The mean over axis 0 of what is finite; NaN where nothing is."""
+    return mean_over_groups(np.nan_to_num(values), np.isfinite(values))
+
+
 def noise_weights(difference, points):
     """Dziugaite et al.'s weight of a pair from its difference of accuracy gaps, each measured on `points` images."""
     confidence = np.maximum(0, 1 - 2 * np.exp(-2 * points * (np.abs(difference) / 2) ** 2)) ** 2
@@ -197,31 +202,26 @@ def bootstrap_tau(draws, mu, g):
 
 
 def bootstrap_psi(draws, mu, g, groups):
-    """Psi of every resample, (R,); groups is the list of the axes' groups.
+    """psi along every axis of every resample, (axes, R); groups is the list of the axes' groups.
 
     A group counts where the resample holds two of its levels; inside it a pair counts as often as its copies can be paired.
     A two-valued group survives with probability 0.4, so the spread of psi is that of 0.4 G groups drawn from G without
     replacement, sqrt(0.6 / 0.4) = 1.2 times the true one: the interval is somewhat wide rather than narrow.
     """
-    by_seed = []
+    by_seed = np.full((mu.shape[1], len(groups), draws.shape[1]), np.nan, np.float32)
     for seed in range(mu.shape[1]):
-        psi = []
-        for group in groups:
+        for axis, group in enumerate(groups):
             i, j = next(pairs(group))
             agree = agreement(mu[:, seed], g[:, seed], i, j).astype(np.float32)
             i, j, agree = (values[np.isfinite(agree)] for values in (i, j, agree))
             if not len(i):
                 continue
             starts = np.flatnonzero(np.diff(group[i], prepend=-1))
-            parts = []
             for some in blocks(draws.shape[1], len(i)):
                 copies = draws[i[:, None], some] * draws[j[:, None], some]  # (pairs, R)
                 counts = np.add.reduceat(copies, starts)
-                parts.append(mean_over_groups(np.add.reduceat(copies * agree[:, None], starts), counts))
-            psi.append(np.concatenate(parts))
-        if psi:
-            by_seed.append(mean_over_groups(np.nan_to_num(psi), np.isfinite(psi)))
-    return np.mean(by_seed, axis=0) if by_seed else np.full(draws.shape[1], np.nan)
+                by_seed[seed, axis, some] = mean_over_groups(np.add.reduceat(copies * agree[:, None], starts), counts)
+    return mean_of_finite(by_seed)
 
 
 def permutation_p_values(mus, g, permutations, rng):
@@ -278,6 +278,13 @@ def interval(values):
     return tuple(np.percentile(values, (2.5, 97.5)).tolist()) if len(values) else (math.nan, math.nan)
 
 
+def srr_minus(key, value, resampled, name):
+    """Columns `key`, `key`_low, `key`_high: `value`, with the interval of srr's resamples minus those of the measure `name`."""
+    both = {"srr", name} <= resampled.keys()
+    low, high = interval(resampled["srr"] - resampled[name]) if both else (math.nan, math.nan)
+    return {key: value, f"{key}_low": low, f"{key}_high": high}
+
+
 def affordable(levels, groups, seeds, measures, resamples):
     """What the table's size allows: resamples, whether Psi's interval and K are included, permutations, notes."""
     n, notes = len(levels), []
@@ -307,7 +314,7 @@ def point_statistics(mu, g, levels, groups, hyperparameters, with_k, weighing):
     tau, tau_b, ties, p_value = np.array([kendall(x, y) for x, y, _ in by_seed]).reshape(-1, 4).T
     along = [along_axis(mu, g, group, *weighing) for group in groups]
     psi = np.array([axis[0] for axis in along])  # (axes, seeds)
-    Psi = mean_over_groups(np.nan_to_num(psi), np.isfinite(psi))
+    Psi = mean_of_finite(psi)
     K = [conditional_information(x, y, levels[keep]) for x, y, keep in by_seed] if with_k else []
     errors = summarise([axis[1:] for axis in along])
     if not by_seed:
@@ -343,7 +350,8 @@ def correlate(
     tau is tau-a over all pairs; `ties` counts pairs tied in the measure or in the gap. psi_<axis> averages tau over the
     groups of settings that differ on this axis alone, Psi averages over the axes that have such groups. A measure that isn't
     finite drops that model, for this measure. *_low, *_high: 95 % percentile bootstrap over settings (see `bootstrap_psi` for
-    what it means for Psi). diff_srr: tau of `srr` minus this one's, interval from the same resamples. p_value: two-sided
+    what it means for Psi). diff_srr: tau of `srr` minus this one's, interval from the same resamples; diff_srr_psi_<axis>: the
+    same for psi. p_value: two-sided
     permutation test of tau over settings that have all seeds; p_holm: adjusted for the number of measures.
 
     Cost: tau is O(n log n). The bootstrap costs n^2 a resample, so `resamples` and `permutations` say how many were afforded:
@@ -370,7 +378,7 @@ def correlate(
     draws = np.random.default_rng(rng).multinomial(len(levels), np.full(len(levels), 1 / len(levels)), drawn)
     draws = draws.T.astype(np.float32)
 
-    rows, resampled, complete = {}, {}, {}
+    rows, resampled, resampled_psi, complete = {}, {}, {}, {}
     for name in progress(measures):
         mu = by_setting(numbers(table, name))
         present = np.isfinite(mu) & np.isfinite(gaps)
@@ -387,7 +395,8 @@ def correlate(
             resampled[name] = bootstrap_tau(draws, mu, g)
             row["tau_low"], row["tau_high"] = interval(resampled[name])
         if used.any() and with_psi:
-            row["Psi_low"], row["Psi_high"] = interval(bootstrap_psi(draws, mu, g, groups))
+            resampled_psi[name] = bootstrap_psi(draws, mu, g, groups)
+            row["Psi_low"], row["Psi_high"] = interval(mean_of_finite(resampled_psi[name]))
         whole = np.isfinite(mu).all(1)
         if used.any() and permutations and whole.sum() >= 3:
             complete.setdefault((whole.tobytes(), used.tobytes()), []).append((name, mu[whole], g[whole]))
@@ -399,8 +408,8 @@ def correlate(
     for (name, row), p_holm in zip(rows.items(), holm([row["p_value"] for row in rows.values()])):
         row["p_holm"] = float(p_holm)
         if "srr" in rows:
-            row["diff_srr"] = rows["srr"]["tau"] - row["tau"]
-            both = {"srr", name} <= resampled.keys()
-            difference = interval(resampled["srr"] - resampled[name]) if both else (math.nan, math.nan)
-            row["diff_srr_low"], row["diff_srr_high"] = difference
+            row |= srr_minus("diff_srr", rows["srr"]["tau"] - row["tau"], resampled, name)
+            for k, axis in enumerate(hyperparameters):
+                of_axis = {measure: psi[k] for measure, psi in resampled_psi.items()}
+                row |= srr_minus(f"diff_srr_psi_{axis}", rows["srr"][f"psi_{axis}"] - row[f"psi_{axis}"], of_axis, name)
     return list(rows.values())

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from crate.checkpoint import load_weights, save_checkpoint
 from crate.cli import InputError
-from crate.data import DROPOUT, AugmentedBatches, batches, load_data, mixed_seed
+from crate.data import DROPOUT, AugmentedBatches, batches, data_of, mixed_seed
 from crate.files import locked, read_json, write_json, write_text
 from crate.model import model_from_config
-from crate.srr import add_srr_gradients, layer_srr
+from crate.srr import add_srr_gradients, layer_srr, operator_rates
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-SRR_IMAGES = 512  # layer-wise SRR is logged on the first so many training images
+SRR_IMAGES = 512  # layer-wise SRR is logged on the first so many training and validation images
 # Below a loss of x the stopping criterion is checked n times an epoch, so that fast runs don't overshoot (RGM's rule).
 CHECKS_PER_EPOCH = ((0.015, 8), (0.025, 4), (0.05, 2), (math.inf, 1))
 FREE_TO_CHANGE = {"device", "data_dir", "versions", "commit", "command"}  # may differ between a run and its resumption
@@ -60,13 +60,18 @@ def srr_layers(choice, depth, steps):
 
 
 @torch.no_grad()
-def evaluate(model, data, images, labels, chunk=256):
-    """Mean cross-entropy and accuracy in eval mode and full precision, un-augmented: two floats, one synchronisation."""
+def evaluate(model, data, images, labels, chunk=256, enough=math.inf):
+    """Mean cross-entropy and accuracy in eval mode and full precision, un-augmented: two floats, one synchronisation.
+
+    Once the mean cross-entropy can't be below `enough` any more, whatever the rest of the images: a lower bound of it and NaN.
+    """
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=labels.device)
     for part, truth in zip(images.split(chunk), labels.split(chunk)):
         logits = model(data.resize(part))
         sums += torch.stack([F.cross_entropy(logits.double(), truth, reduction="sum"), (logits.argmax(1) == truth).sum()])
+        if enough < math.inf and sums[0] >= enough * len(labels):
+            return sums[0].item() / len(labels), math.nan
     loss, accuracy = (sums / len(labels)).tolist()
     return loss, accuracy
 
@@ -77,22 +82,27 @@ class Run:
     def __init__(self, config, folder):
         self.config, self.folder = config, Path(folder)
         self.device = torch.device(config["device"])
-        self.data = load_data(
-            config["dataset"], config["data_dir"], image_size=config["image_size"],
-            train_subset=config["train_subset"], device=self.device,
-        )  # fmt: skip
+        self.data = data_of(config, device=self.device)
         torch.manual_seed(config["seed"])
         self.model = model_from_config(config).to(self.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config["lr"], fused=True)
+        # Adam; weight decay, if any, is decoupled (AdamW) and on matrices alone.
+        matrices = [p for p in self.model.parameters() if p.ndim == 2]
+        others = {"params": [p for p in self.model.parameters() if p.ndim != 2], "weight_decay": 0.0}
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices}, others], lr=config["lr"], weight_decay=config["weight_decay"], fused=True
+        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config["amp"] == "fp16")
         self.epoch = self.step = 0
         self.train_loss = math.inf  # cross-entropy over the training set at the last check of the stopping criterion
+        self.enough = max(config["stop_at_loss"] or 0, 0.05)  # above this the loss need not be known: no check depends on it
         self.rows = []  # of log.jsonl
         self.steps_per_epoch = math.ceil(len(self.data.train_labels) / config["batch_size"])
         self.total_steps = config["epochs"] * self.steps_per_epoch
         if config["compile"]:
+            from torch._functorch import config as functorch_config
+
             # The gradient of Eq. 14 keeps the graph for cross-entropy's, which donated buffers forbid.
-            torch._functorch.config.donated_buffer = False
+            functorch_config.donated_buffer = False
             for layer in self.model.layers:  # in place: the checkpoint's names stay those of the plain module
                 layer.compile()
         if config["augment"] == "basic":
@@ -134,9 +144,12 @@ class Run:
             self.fail(self.step, f"the validation loss is {loss}")
         row = {"epoch": self.epoch, "step": self.step, **training, "val_loss": loss, "val_accuracy": accuracy}
         every = self.config["log_srr_every"]
-        if every and self.epoch % every == 0:
-            images = self.data.resize(self.data.train_images[:SRR_IMAGES])
-            row["srr"] = layer_srr(self.model, images, self.config["srr_lambda"], self.config["srr_gamma"])
+        if every and (self.epoch % every == 0 or self.epoch == self.config["epochs"]):
+            train, val = (self.data.resize(x[:SRR_IMAGES]) for x in (self.data.train_images, self.data.val_images))
+            coefficients = self.config["srr_lambda"], self.config["srr_gamma"]
+            row["srr"], row["srr_val"] = (layer_srr(self.model, images, *coefficients) for images in (train, val))
+            if self.epoch in (0, self.config["epochs"]):
+                row["operators"] = operator_rates(self.model, train, *coefficients)
         row["seconds"] = round(time.perf_counter() - started, 3)
         self.rows.append(row)
         with open(self.folder / "log.jsonl", "a") as stream:
@@ -149,7 +162,7 @@ class Run:
             group["lr"] = learning_rate(self.step, self.total_steps, config["lr"], config["schedule"])
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, AMP_DTYPES.get(config["amp"]), enabled=config["amp"] != "off"):
-            logits, outputs = model.forward_with_outputs(images)
+            logits, outputs = model.forward_with_outputs(images) if config["srr_reg"] else (model(images), None)
             loss = F.cross_entropy(logits, labels)
         srr = loss.new_zeros(())
         if config["srr_reg"]:
@@ -183,7 +196,7 @@ class Run:
             examples += len(labels)
             bar.update()
             if config["stop_at_loss"] is not None and i + 1 in check_at:
-                self.train_loss, _ = evaluate(self.model, self.data, self.data.train_images, self.data.train_labels)
+                self.train_loss, _ = evaluate(self.model, self.data, self.data.train_images, self.data.train_labels, enough=self.enough)
                 self.model.train()
                 if self.reached_target:
                     break

@@ -4,9 +4,11 @@ Tokens come in and go out as rows, (..., N, d). Inside, Z = tokens.mT is the pap
 All of it is differentiable by autograd, in float32 or float64. Weights are plain dicts {parameter name: tensor}.
 """
 
+import math
+
 import torch
 
-SIGNS = {"crate-n": -1}  # of the compression step; + for every other variant
+SIGNS = {"crate-n": -1, "crate-e": -1}  # of the compression step; + for every other variant
 
 
 # Rates (Eqs. 1, 5) and the SRR measure (Eq. 11)
@@ -114,15 +116,36 @@ def output_projection(stacked, weights, variant):
         return (U.mT @ stacked.mT).mT
     if variant == "crate-fix":
         return (weights["mssa.fixed"] @ stacked.mT).mT
-    return linear(stacked, weights, "mssa.W") if variant == "crate" else stacked
+    return linear(stacked, weights, "mssa.W") if variant in ("crate", "vit") else stacked
+
+
+def standard_attention(tokens, weights, heads):
+    """A standard transformer's heads, softmax(Q K^T / sqrt(p)) V with tokens as rows, stacked: (..., N, d)."""
+    stacked = []
+    for Q, K, V in zip(*(subspaces(weights[f"mssa.{name}.weight"].mT, heads) for name in ("U", "key", "value"))):
+        scores = (tokens @ Q) @ (tokens @ K).mT / Q.shape[-1] ** 0.5
+        stacked.append(torch.softmax(scores, dim=-1) @ (tokens @ V))
+    return torch.cat(stacked, dim=-1)
+
+
+def mlp(tokens, weights):
+    """GELU between two linear maps."""
+    x = linear(tokens, weights, "mlp.0")
+    return linear(x * (1 + torch.erf(x / 2**0.5)) / 2, weights, "mlp.2")
 
 
 def layer(tokens, weights, variant, heads, keep=None, keep_output=1.0):
     """One layer's output, from that layer's weights; `keep` and `keep_output` are dropout's factors."""
-    U = weights["mssa.U.weight"].mT
-    stacked = attention(layer_norm(tokens, weights, "norm1"), U, heads, (U.shape[0] / heads) ** -0.5, keep)
-    step = output_projection(stacked, weights, variant) * keep_output
-    return ista(layer_norm(tokens + SIGNS.get(variant, 1) * step, weights, "norm2"), weights["ista.D"])
+    U, normed = weights["mssa.U.weight"].mT, layer_norm(tokens, weights, "norm1")
+    if variant == "crate-e":
+        step = normed - update("a", normed, U, heads)
+    elif variant == "vit":
+        step = output_projection(standard_attention(normed, weights, heads), weights, variant)
+    else:
+        step = output_projection(attention(normed, U, heads, (U.shape[0] / heads) ** -0.5, keep), weights, variant)
+    tokens = tokens + SIGNS.get(variant, 1) * step * keep_output
+    normed = layer_norm(tokens, weights, "norm2")
+    return tokens + mlp(normed, weights) if variant == "vit" else ista(normed, weights["ista.D"])
 
 
 # The classifier
@@ -185,6 +208,18 @@ def stop_gradient_srr(outputs, weights, variant, heads, layers, sparsity=0.1, ga
             term = parts["rate_subspaces"] - parts["rate"] + sparsity * tokens.abs().sum((1, 2)).mean()
         total = total + term / len(layers)
     return total
+
+
+def noise_scale(accuracy, weights, drop=0.1, draws=10, low=1e-4, high=1.0, precision=0.01):
+    """PAC-Bayes sigma by bisection on its logarithm, the draws in a loop; accuracy(weights) -> float, weights {name: tensor}."""
+    unperturbed = accuracy(weights)
+    while math.log(high / low) > precision:
+        sigma, total = math.sqrt(low * high), 0.0
+        for draw in range(draws):
+            generator = torch.Generator().manual_seed(draw)
+            total += accuracy({name: w + sigma * torch.randn(w.shape, generator=generator) for name, w in weights.items()})
+        low, high = (low, sigma) if unperturbed - total / draws > drop else (sigma, high)
+    return math.sqrt(low * high)
 
 
 # For the tests

@@ -45,6 +45,19 @@ def test_broken_digits(tmp_path, monkeypatch):
         load_data("digits")
 
 
+def test_held_out_images_come_from_the_training_set():
+    whole, data = load_data("digits", train_subset=200), load_data("digits", train_subset=200, hold_out=0.25)
+    assert len(data.train_labels) == 150 and len(data.val_labels) == 50
+    again = load_data("digits", train_subset=200, hold_out=0.25)
+    assert torch.equal(data.val_images, again.val_images)
+    parts = torch.cat([data.normalise(data.raw_train_images), data.val_images])  # of one mean and standard deviation
+    rows = {tuple(image.flatten().tolist()) for image in data.normalise(whole.raw_train_images)}
+    assert len(rows) == 200 and rows == {tuple(image.flatten().tolist()) for image in parts}
+    assert data.train_images.mean((0, 2, 3)).abs().max() < 1e-5  # standardised by the images that are left for training
+    with pytest.raises(InputError, match="--hold-out 0.001: leaves 0"):
+        load_data("digits", train_subset=200, hold_out=0.001)
+
+
 def test_train_subset_is_fixed_and_bounded():
     a, b, more = load_data("digits", train_subset=50), load_data("digits", train_subset=50), load_data("digits", train_subset=60)
     assert torch.equal(a.raw_train_images, b.raw_train_images)

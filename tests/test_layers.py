@@ -120,7 +120,7 @@ def test_gradient_uses_the_masks_of_the_forward_pass():
     Z, upstream, p = randn(2, TOKENS, WIDTH), torch.randn(2, TOKENS, WIDTH, dtype=torch.float64), 0.4
     output = reseeded(lambda: merge_heads(subspace_attention(split_heads(Z, HEADS), 0.5, p)))()
     torch.manual_seed(5)
-    keep = factors((2, HEADS, TOKENS, TOKENS), p)
+    keep = factors((2, HEADS, TOKENS, TOKENS), p).mT  # a column per token of the output
     expected = reference.attention(Z, torch.eye(WIDTH, dtype=torch.float64), HEADS, 0.5, keep)
     assert_close(output, expected, 1e-10)
     gradient, gradient_expected = (torch.autograd.grad(value, Z, upstream)[0] for value in (output, expected))
@@ -247,7 +247,7 @@ def test_layer_and_its_gradients(variant, dtype, tolerance):
     expected, output = reference.layer(Z, weights, variant, HEADS), layer(narrow)
     assert_close(output, expected, tolerance)
     names = [name for name, _ in layer.named_parameters()]
-    assert len(names) == 6 + 2 * (variant == "crate")
+    assert len(names) == (13 if variant == "vit" else 6 + 2 * (variant == "crate"))
     gradients = torch.autograd.grad(output, (narrow, *layer.parameters()), upstream.to(dtype))
     wanted = torch.autograd.grad(expected, (Z, *(weights[name] for name in names)), upstream)
     for actual, gradient in zip(gradients, wanted, strict=True):
@@ -270,6 +270,18 @@ def test_compression_step_of_the_table(variant):
         assert_close(step, mssa.mT if variant == "crate-c" else -mssa.mT, 1e-10)
     elif variant == "crate-t":
         assert_close(step, stacked @ U, 1e-10)  # rows: U^T h
+    elif variant == "crate-e":  # Eq. 6, with the inverse on the tokens' side
+        assert_close(step, reference.update("a", normed, U, HEADS) - normed, 1e-10)
+        Z = normed.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(reference.subspace_coding_rate(Z, U, HEADS).sum(), Z)
+        assert_close(step, -gradient, 1e-10)
+    elif variant == "vit":
+        queries, keys, values = (
+            (normed @ weights[f"mssa.{name}.weight"].mT).unflatten(-1, (HEADS, -1)) for name in ("U", "key", "value")
+        )
+        scores = torch.einsum("bnkp,bmkp->bknm", queries, keys) * scale
+        stacked = torch.einsum("bknm,bmkp->bnkp", scores.softmax(-1), values).flatten(-2)
+        assert_close(step, stacked @ weights["mssa.W.weight"].mT + weights["mssa.W.bias"], 1e-10)
     elif variant == "crate":
         assert_close(step, stacked @ weights["mssa.W.weight"].mT + weights["mssa.W.bias"], 1e-10)
     elif variant == "crate-fix":
@@ -318,6 +330,22 @@ def test_fixed_output_matrix():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_first_tokens_alone_are_those_of_all(variant):
+    layer, Z = build(variant), randn(2, TOKENS, WIDTH)
+    some, upstream = layer(Z, first=2), torch.randn(2, 2, WIDTH, dtype=torch.float64)
+    assert some.shape == (2, 2, WIDTH)
+    whole = layer(Z)[:, :2]
+    assert_close(some, whole, 1e-10)
+    arguments = (Z, *layer.parameters())
+    gradients = [torch.autograd.grad(output, arguments, upstream) for output in (some, whole)]
+    for one, other in zip(*gradients, strict=True):
+        assert_close(one, other, 1e-10)
+    dropping = build(variant, dropout=0.5)
+    share_weights(dropping, layer)
+    assert not torch.equal(dropping(Z, first=2), some)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_eval_mode_has_no_dropout(variant):
     dropping, plain, Z = build(variant, dropout=0.5), build(variant), randn(2, TOKENS, WIDTH)
     share_weights(plain, dropping)
@@ -325,14 +353,15 @@ def test_eval_mode_has_no_dropout(variant):
     assert not torch.equal(dropping.train()(Z), plain(Z))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "vit"])  # whose mask is drawn inside the kernel
 def test_dropout_sits_after_the_softmax_and_after_the_projection(variant):
     p, layer, Z = 0.4, build(variant, dropout=0.4), randn(2, TOKENS, WIDTH)
     upstream = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
     output = reseeded(layer)(Z)
     torch.manual_seed(5)
     weights = copies(layer)
-    keep, keep_output = factors((2, HEADS, TOKENS, TOKENS), p), factors((2, TOKENS, WIDTH), p)
+    keep = None if variant == "crate-e" else factors((2, HEADS, TOKENS, TOKENS), p).mT
+    keep_output = factors((2, TOKENS, WIDTH), p)
     expected = reference.layer(Z, weights, variant, HEADS, keep, keep_output)
     assert_close(output, expected, 1e-10)
     gradients = torch.autograd.grad(output, (Z, *layer.parameters()), upstream)

@@ -154,8 +154,9 @@ def test_margin_is_the_kth_smallest():
 def test_which_parameters_count(name):
     model = small_model(name, depth=3)
     counted = measures.counted_weights(model)
-    assert len(counted) == (3 * 3 + 2 if name == "crate" else 2 * 3 + 2)
-    assert sum(w.numel() for w in counted.values()) == 16 * 12 + 3 * (3 if name == "crate" else 2) * 144 + 120
+    matrices, squares = {"crate": (3, 3), "vit": (6, 12)}.get(name, (2, 2))  # per layer, and their entries in d^2
+    assert len(counted) == 3 * matrices + 2
+    assert sum(w.numel() for w in counted.values()) == 16 * 12 + 3 * squares * 144 + 120
     moved = measures.perturbed_parameters(model)
     norms = {name for name, _ in model.named_parameters() if "norm" in name or name.split(".")[:2] in (
         ["patch_embedding", "0"], ["patch_embedding", "2"], ["head", "0"])}  # fmt: skip
@@ -172,22 +173,34 @@ def path_norm_by_hand(model, name, effective):
     patch = np.array([sum(w**2 for w in row) + b**2 for row, b in rows])
     tokens = [np.zeros(d)] + [patch] * 4
     for l in range(2):
-        U, D = p[f"layers.{l}.mssa.U.weight"].T, p[f"layers.{l}.ista.D"]
+        U = p[f"layers.{l}.mssa.U.weight"].T
+        key, value = (p[f"layers.{l}.mssa.{which}.weight"].T if name == "vit" else U for which in ("key", "value"))
         new = []
-        for query in tokens:
+        for position, query in enumerate(tokens):
             merged = np.zeros(d)
             for k in range(heads):
                 columns = slice(k * d // heads, (k + 1) * d // heads)
-                Uk = U[:, columns] ** 2
-                scores = np.array([(Uk.T @ query) @ (Uk.T @ key) / math.sqrt(d / heads) for key in tokens])
+                Q, K, V = (matrix[:, columns] ** 2 for matrix in (U, key, value))
+                scores = np.array([(Q.T @ query) @ (K.T @ other) / math.sqrt(d / heads) for other in tokens])
                 weights = np.exp(scores - scores.max())
-                merged[columns] = sum(w * (Uk.T @ key) for w, key in zip(weights / weights.sum(), tokens))
+                merged[columns] = sum(w * (V.T @ other) for w, other in zip(weights / weights.sum(), tokens))
+                if name == "crate-e":
+                    stacked = np.stack([Q.T @ other for other in tokens], axis=1)  # (p, N)
+                    exact = np.linalg.solve(np.eye(len(stacked)) + stacked @ stacked.T, stacked)
+                    merged[columns] = exact[:, position]
             out = {
                 "crate-c": lambda: U**2 @ merged, "crate-n": lambda: U**2 @ merged, "crate-t": lambda: U.T**2 @ merged,
                 "crate": lambda: p[f"layers.{l}.mssa.W.weight"] ** 2 @ merged + p[f"layers.{l}.mssa.W.bias"] ** 2,
+                "crate-e": lambda: U**2 @ merged,
                 "crate-fix": lambda: p[f"layers.{l}.mssa.fixed"] ** 2 @ merged, "crate-identity": lambda: merged,
-            }[name]()  # fmt: skip
-            y = query - out if name == "crate-n" and not effective else query + out
+            }["crate" if name == "vit" else name]()  # fmt: skip
+            y = query - out if name in ("crate-n", "crate-e") and not effective else query + out
+            if name == "vit":
+                hidden = p[f"layers.{l}.mlp.0.weight"] ** 2 @ y + p[f"layers.{l}.mlp.0.bias"] ** 2
+                hidden = np.array([h * (1 + math.erf(h / math.sqrt(2))) / 2 for h in hidden])
+                new.append(y + p[f"layers.{l}.mlp.2.weight"] ** 2 @ hidden + p[f"layers.{l}.mlp.2.bias"] ** 2)
+                continue
+            D = p[f"layers.{l}.ista.D"]
             if effective:
                 M = np.eye(d) + 0.1 * (D.T - D.T @ D)
                 z = M**2 @ y
@@ -242,8 +255,9 @@ def bisection(drop, low, high):
 
 
 @pytest.mark.parametrize("crossing", [2e-4, 3e-3, 0.011, 0.05, 0.7])
+@pytest.mark.parametrize("guess", [0.04, 0.002])
 @pytest.mark.parametrize("shape", ["steep", "flat", "logistic", "line", "step", "rounded"])
-def test_find_scale_agrees_with_bisection(crossing, shape):
+def test_find_scale_agrees_with_bisection(crossing, shape, guess):
     drop = {
         "steep": lambda s: 0.9 * -math.expm1(math.log(8 / 9) * (s / crossing) ** 4),
         "flat": lambda s: 0.9 * -math.expm1(math.log(8 / 9) * (s / crossing) ** 0.7),
@@ -252,16 +266,26 @@ def test_find_scale_agrees_with_bisection(crossing, shape):
         "step": lambda s: 0.9 * (s > crossing),
         "rounded": lambda s: round(300 * min(0.9, 0.1005 * (s / crossing) ** 2)) / 300,
     }[shape]
-    scale, reached = measures.find_scale(drop)
-    assert reached == drop(scale)
+    scale, reached = measures.find_scale(drop, guess)
+    assert reached == pytest.approx(drop(scale), abs=1e-9)
     assert drop(scale * 0.989) <= 0.1 <= drop(scale * 1.011)  # a crossing lies within PRECISION
     if shape != "rounded":  # where 0.1 itself is a plateau, any point of it will do
         assert scale == pytest.approx(bisection(drop, 1e-4, 1), rel=0.011)
 
-
 def test_find_scale_without_a_crossing_ends_at_an_end():
-    assert measures.find_scale(lambda s: 0.02 * s) == (pytest.approx(1, rel=0.02), pytest.approx(0.02, rel=0.02))
-    assert measures.find_scale(lambda s: 0.5) == (pytest.approx(1e-4, rel=0.02), 0.5)
+    assert measures.find_scale(lambda s: 0.02 * s, 0.04) == (pytest.approx(1, rel=0.02), pytest.approx(0.02, rel=0.02))
+    assert measures.find_scale(lambda s: 0.5, 0.04) == (pytest.approx(1e-4, rel=0.02), 0.5)
+
+
+def test_find_scale_ends_where_the_drop_is_a_tenth_but_for_rounding():
+    seen = []
+
+    def drop(scale):  # 1 - 0.9 is less than 0.1
+        seen.append(scale)
+        return 1 - (1.0 if scale < 0.03 else 0.9 if scale < 0.05 else 0.5)
+
+    scale, reached = measures.find_scale(drop, 0.04)
+    assert 0.03 <= scale < 0.05 and reached == pytest.approx(0.1) and len(seen) == 1
 
 
 def displaced(model, images, labels, generator, std):

@@ -50,13 +50,15 @@ def trainable(model):
 def test_parameter_counts():
     counts = {variant: trainable(build_model(variant, **CRATE_TINY)) for variant in VARIANTS}
     assert counts.pop("crate") == 5_381_098
+    assert counts.pop("vit") == 5_381_098 + 12 * (9 * 384**2 + 5 * 384)  # key, value and an MLP in the place of D
     assert set(counts.values()) == {5_381_098 - 12 * (384**2 + 384)}
-    assert len(counts) == 5
+    assert len(counts) == 6
 
 
 def test_variants_and_their_descriptions():
-    assert list(VARIANTS) == ["crate-c", "crate-n", "crate-t", "crate", "crate-fix", "crate-identity"]
-    assert all(VARIANTS[name] == row[2] for name, row in VARIANT_TABLE.items())
+    paper = ["crate-c", "crate-n", "crate-t", "crate", "crate-fix", "crate-identity"]
+    assert list(VARIANTS) == [*paper, "crate-e", "vit"]
+    assert all(VARIANTS[name] == row[-1] for name, row in VARIANT_TABLE.items())
 
 
 def test_names_and_shapes():
@@ -67,7 +69,7 @@ def test_names_and_shapes():
     assert isinstance(layer.mssa.W, nn.Linear) and layer.mssa.W.bias.shape == (12,)
     assert isinstance(layer.norm1, nn.LayerNorm) and isinstance(layer.norm2, nn.LayerNorm)
     assert isinstance(layer.ista.D, nn.Parameter) and layer.ista.D.shape == (12, 12)
-    for variant in VARIANTS.keys() - {"crate"}:
+    for variant in VARIANTS.keys() - {"crate", "vit"}:
         assert build_model(variant, **SMALL).layers[0].mssa.W is None
     assert model.cls_token.shape == (1, 1, 12) and model.pos_embedding.shape == (1, 5, 12)
 
@@ -84,6 +86,7 @@ def test_forward(variant, changes):
     expected, tokens = expected_forward(model, variant, images, sizes)
     assert logits.shape == (2, 5) and len(outputs) == sizes["depth"]
     assert_close(logits, expected, 1e-10)
+    assert_close(model(images), expected, 1e-10)
     for actual, wanted in zip([model.embed(images), *outputs], tokens, strict=True):
         assert_close(actual, wanted, 1e-10)
     narrow = model.float()
@@ -134,7 +137,7 @@ def test_patches_are_flattened_as_row_column_channel(channels):
 def test_outputs_in_one_pass_or_one_by_one(variant):
     model, images = small_model(variant), images_for()
     logits, outputs = model.forward_with_outputs(images)
-    assert torch.equal(model(images), logits)
+    assert_close(model(images), logits, 1e-12)
     assert all(torch.equal(a, b) for a, b in zip(model.layer_outputs(images), outputs, strict=True))
     tokens = model.embed(images)
     for layer, output in zip(model.layers, outputs, strict=True):

@@ -8,7 +8,7 @@ import torch
 from crate.layers import subspace_attention
 from crate.rates import (
     coding_rate, exact_gradient, expansion_gradient, log_approximations, merge_heads, split_heads, subspace_coding_rate,
-    taylor_bound,
+    subspace_gradient, taylor_bound,
 )  # fmt: skip
 from tests import reference
 from tests.reference import assert_close, orthonormal
@@ -201,7 +201,7 @@ def test_tf32_is_off_inside_and_as_before_outside(precision, matmul_precision, m
     matmul_precision(precision)
     Z, U = tokens_of((2, 5, 12), torch.float32), torch.randn(12, 12, requires_grad=True)
     seen = []
-    for name in ("cholesky_ex", "cholesky_solve"):
+    for name in ("cholesky_ex", "cholesky_inverse"):
         owner = torch.linalg if name == "cholesky_ex" else torch
         real = getattr(owner, name)
 
@@ -211,7 +211,7 @@ def test_tf32_is_off_inside_and_as_before_outside(precision, matmul_precision, m
 
         monkeypatch.setattr(owner, name, watched)
     gradients(all_rates(Z, U), Z, U)
-    assert {name for name, _ in seen} == {"cholesky_ex", "cholesky_solve"}
+    assert {name for name, _ in seen} == {"cholesky_ex", "cholesky_inverse"}
     assert {inside for _, inside in seen} == {"highest"}
     assert torch.get_float32_matmul_precision() == precision
     with pytest.raises(ValueError):
@@ -273,3 +273,22 @@ def test_update_rules_of_figure_5(seed):
     for rule, printed in PRINTED.items():
         assert after[rule] == pytest.approx(printed, rel=5e-3, abs=1e-6)
     assert before - 4 < after["a"] < before - 2 and after["n"] < before < after["e"]
+
+
+@pytest.mark.parametrize("N, p", [(5, 3), (3, 5), (1, 1), (1, 4), (7, 1)])
+def test_subspace_gradient_and_its_own_gradient(N, p):
+    V = torch.randn(2, 3, N, p, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(subspace_gradient, (V, 0.7))
+    (wanted,) = torch.autograd.grad(coding_rate(V, 0.7).sum(), V)  # the gradient of R^c, on the other side of the identity
+    assert_close(subspace_gradient(V, 0.7), wanted, 1e-10)
+
+
+def test_subspace_gradient_under_autocast_and_of_bad_tokens():
+    V = torch.randn(2, 3, 9, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = subspace_gradient(V)
+    assert inside.dtype == torch.float32
+    assert_close(inside, subspace_gradient(V.double()), 1e-4)
+    V[0, 1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        subspace_gradient(V)

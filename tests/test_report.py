@@ -57,14 +57,51 @@ def test_table_6_orders_layers_and_compares_with_none():
     rows = [row(val_accuracy=0.5)]
     rows += [row(srr_reg=0.001, srr_layer=layer, val_accuracy=0.6) for layer in ("last", "2", "random", "10", "all")]
     lines = cells(report.table_6(rows))[2:]
-    assert [line[1] for line in lines] == ["none", "2", "10", "all", "last (4)", "random"]
-    assert lines[1][4] == "+10.00"
+    assert [line[1] for line in lines] == ["none", "2", "10", "all", "last", "random"]
+    assert lines[1][2:] == ["l0", "0.001", "60.00 (n = 1)", "+10.00"]
+
+
+def held_out_runs():
+    """Held-out images prefer eta 0.01, weight decay 0.1 and dropout 0.2; validation images prefer others."""
+    rows = [row(seed=s, val_accuracy=0.80) for s in range(2)]
+    for axis, values in {"srr_reg": (0.001, 0.01), "weight_decay": (0.1, 1.0), "dropout": (0.2, 0.3)}.items():
+        better = {"srr_reg": 1, "weight_decay": 0, "dropout": 0}[axis]
+        for k, value in enumerate(values):
+            for s in range(2):
+                rows.append(row(**{axis: value}, hold_out=0.2, seed=s, val_accuracy=0.7 + 0.1 * (k == better)))
+                rows.append(row(**{axis: value}, seed=s, val_accuracy=0.85 - 0.01 * (k == better) + 0.02 * s))
+    return rows + [row(hold_out=0.2, val_accuracy=0.99), row(hold_out=0.2, srr_layer="1", srr_reg=1.0, val_accuracy=1)]
+
+
+def test_strengths_are_chosen_on_held_out_images():
+    rows = held_out_runs()
+    chosen = [report.chosen(rows, "crate-c", axis) for axis in ("srr_reg", "weight_decay", "dropout")]
+    assert chosen == ["0.01", "0.1", "0.2"]
+    assert report.chosen([row()], "crate-c", "srr_reg") == "0.001" and report.chosen([row()], "crate-c", "dropout") is None
+    (line,) = cells(report.table_2(rows))[2:]
+    assert line[1] == "0.01" and line[4].startswith("+5.00")
+    (line,) = cells(report.table_regularisers(rows))[2:]
+    assert line[0] == "crate-c" and line[1].startswith("80.00")
+    assert [cell.split(" [")[0] for cell in line[2:]] == ["0.01: +5.00", "0.1: +5.00", "0.2: +5.00"]
+    lines = cells(report.table_choices(rows, "srr_reg", "eta"))[2:]
+    assert [line[1] for line in lines] == ["0.0", "0.001", "**0.01**"]
+    assert [line[2].split()[0] for line in lines] == ["99.00", "70.00", "80.00"]
+
+
+def test_table_of_matrices():
+    measured = [{"run": f"v{s}", "model": "vit", "srr": 5 + s, "srr_key": 7, "srr_value": 9} for s in range(2)]
+    measured += [{"run": "c", "model": "crate", "srr": 3.0, "srr_key": "", "srr_value": ""}, {"run": "deep", "model": "crate", "srr": 99}]
+    rows = [row(run="v0", model="vit"), row(run="v1", model="vit"), row(run="c", model="crate")]
+    crate, vit = cells(report.table_matrices(measured, rows))[2:]
+    assert crate == ["crate", "3.00 (n = 1)", "-", "-"]
+    assert vit[1:] == ["5.50 ± 0.71 (n = 2)", "7.00 ± 0.00 (n = 2)", "9.00 ± 0.00 (n = 2)"]
 
 
 def test_only_runs_at_the_presets_settings_enter_the_tables():
-    rows = [row(), row(width=96), row(lr=0.5), row(max_epochs=2), row(stop_at_loss=0.01), row(augment="basic"), row(amp="bf16")]
-    rows += [row(model="crate", srr_reg=0.1), row(seed=3, srr_layer="all", srr_reg=0.001)]
-    assert report.at_preset(rows) == [rows[0], *rows[-3:]]
+    rows = [row(), row(width=96), row(lr=0.5), row(max_epochs=2), row(stop_at_loss=0.01), row(augment="basic"), row(ista_beta=0.2)]
+    rows += [row(model="crate", srr_reg=0.1), row(seed=3, srr_layer="all", srr_reg=0.001), row(depth=2), row(dropout=0.1)]
+    assert report.at_preset(rows) == [rows[0], *rows[-4:]]
+    assert report.accuracies(rows, "crate-c") == {"0": 50.0}
 
 
 def test_attention_table():
@@ -89,9 +126,11 @@ def runs(tmp_path_factory):
 
 def test_collect(runs, tmp_path):
     report.collect(runs, tmp_path)
-    rows, layers = read_csv(tmp_path / "runs.csv"), read_csv(tmp_path / "layers.csv")
+    rows, layers, operators = (read_csv(tmp_path / f"{name}.csv") for name in ("runs", "layers", "operators"))
+    assert len(operators) == 4 * 2 * 2 * 4 and {r["point"] for r in operators} == {"input", "compressed", "normalised", "output"}
     assert len(rows) == 4 and {r["max_epochs"] for r in rows} == {"2"}
-    assert {(r["epoch"], r["layer"]) for r in layers} == {("0", "1"), ("0", "2"), ("2", "1"), ("2", "2")} and len(layers) == 16
+    assert {(r["epoch"], r["layer"]) for r in layers} == {("0", "1"), ("0", "2"), ("2", "1"), ("2", "2")} and len(layers) == 32
+    assert {r["images"] for r in layers} == {"train", "val"}
     for r in rows:
         result = json.loads((runs / r["run"] / "result.json").read_text())
         assert float(r["gap"]) == result["val_loss"] - result["train_loss"]
@@ -105,7 +144,8 @@ def test_report_is_rebuilt_from_its_tables_alone(runs, tmp_path, script, monkeyp
     flags = ("--results", tmp_path / "r", "--attention", tmp_path / "a")
     assert script("crate.report", "--runs", runs, *flags)[0] == 0
     text = (tmp_path / "r" / "REPORT.md").read_text()
-    for word in ("Fig. 5", "Fig. 1b", "Table 3", "crate-c", "Where the numbers come from", "train.py", "(n = 2)"):
+    assert text.split("## ")[1].startswith("The paper's claims")
+    for word in ("Fig. 5", "Fig. 1b", "Table 3", "crate-c", "Where the numbers come from", "train.py", "(n = 2)", "**holds**"):
         assert word in text
     for line in text.splitlines():
         if line.startswith("!["):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from crate.model import VARIANTS, build_model
-from crate.srr import add_srr_gradients, layer_srr
+from crate.srr import add_srr_gradients, layer_srr, operator_rates
 from tests import reference
 from tests.reference import assert_close, copies
 
@@ -66,7 +66,7 @@ def test_measure_of_every_layer(variant, options):
         U = model.layers[index].mssa.U.weight.mT
         expected = reference.srr_parts(outputs[index + 1], U, HEADS, **options)  # outputs[0] is Z^0
         assert list(row) == PARTS and all(type(value) is float for value in row.values())
-        assert 0 < row["l0"] < outputs[1][0].numel()
+        assert 0 < row["l0"] < outputs[1][0].numel() or variant == "vit"  # which has no ReLU
         for part in PARTS:
             assert_close(row[part], expected[part], 1e-10)
     narrow = layer_srr(model.float(), images.float(), **options)
@@ -100,6 +100,41 @@ def test_measuring_leaves_no_trace(training):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)  # no dropout in the measure; a run goes on as if unmeasured
     assert layer_srr(model.eval(), images) == measured
+
+
+@pytest.mark.parametrize("matrix", ["key", "value"])
+def test_other_matrices_of_a_standard_transformer_as_subspaces(matrix):
+    model, images = small_model("vit"), images_for()
+    _, _, outputs = expected_outputs(model, "vit", images)
+    for index, row in enumerate(layer_srr(model, images, matrix=matrix)):
+        U = getattr(model.layers[index].mssa, matrix).weight.mT
+        assert_close(row["srr"], reference.srr_parts(outputs[index + 1], U, HEADS)["srr"], 1e-10)
+    assert layer_srr(model, images, matrix=matrix)[0]["srr"] != layer_srr(model, images)[0]["srr"]
+
+
+@pytest.mark.parametrize("variant", ["crate-n", "crate-e", "vit"])
+def test_rates_around_the_operators(variant):
+    model, images = small_model(variant), images_for()
+    weights, _, outputs = expected_outputs(model, variant, images)
+    rows = operator_rates(model, images, sparsity=0.3, gamma=0.8, chunk=4)
+    for index, points in enumerate(rows):
+        own, U = reference.of_layer(weights, index), model.layers[index].mssa.U.weight.mT
+        before, normed = outputs[index], reference.layer_norm(outputs[index], own, "norm1")
+        if variant == "crate-n":
+            step = -reference.output_projection(reference.attention(normed, own["mssa.U.weight"].mT, HEADS, 2**-1), own, variant)
+        elif variant == "crate-e":
+            step = reference.update("a", normed, own["mssa.U.weight"].mT, HEADS) - normed
+        else:
+            step = reference.output_projection(reference.standard_attention(normed, own, HEADS), own, variant)
+        tokens = {"input": before, "compressed": before + step, "output": outputs[index + 1]}
+        if variant != "vit":
+            tokens["normalised"] = reference.layer_norm(before + step, own, "norm2")
+        assert points.keys() == tokens.keys()
+        for point, value in tokens.items():
+            expected = reference.srr_parts(value, U, HEADS, sparsity=0.3, gamma=0.8)
+            for part in PARTS:
+                assert_close(points[point][part], expected[part], 1e-10)
+    assert [points["output"] for points in rows] == [pytest.approx(row) for row in layer_srr(model, images, 0.3, 0.8)]
 
 
 def spoil(model, layer):

@@ -227,7 +227,7 @@ def test_bootstrap_equals_loops_over_the_copies():
     _, _, levels = statistics.arrange(rows, list(AXES))
     groups = [statistics.axis_groups(levels, axis) for axis in range(len(AXES))]
     taus = statistics.bootstrap_tau(draws, mu, g)
-    Psis = statistics.bootstrap_psi(draws, mu, g, groups)
+    Psis = statistics.mean_of_finite(statistics.bootstrap_psi(draws, mu, g, groups))
     for draw, tau, Psi in zip(draws.T.astype(int), taus, Psis):
         copies = [k for k, count in enumerate(draw) for _ in range(count)]
         pairs = [(k, j) for k, j in itertools.permutations(copies, 2) if k != j]
@@ -285,6 +285,10 @@ def test_constant_measures_missing_values_and_too_few_models():
     assert rare["note"] == "too few models" and math.isnan(rare["tau"]) and math.isnan(rare["p_holm"]) and rare["models"] == 0
     assert a["diff_srr"] == a["diff_srr_low"] == a["diff_srr_high"] == 0
     assert constant["diff_srr"] == srr["tau"]
+    for axis in ("lr", "model"):
+        assert a[f"diff_srr_psi_{axis}"] == a[f"diff_srr_psi_{axis}_low"] == a[f"diff_srr_psi_{axis}_high"] == 0
+        assert constant[f"diff_srr_psi_{axis}"] == srr[f"psi_{axis}"]
+        assert constant[f"diff_srr_psi_{axis}_low"] <= srr[f"psi_{axis}"] <= constant[f"diff_srr_psi_{axis}_high"]
     assert (constant["diff_srr_low"], constant["diff_srr_high"]) == pytest.approx((srr["tau_low"], srr["tau_high"]))
 
 

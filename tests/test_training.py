@@ -96,7 +96,10 @@ def test_log_rows_and_result(tmp_path):
     rows = log(tmp_path / "run")
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
     assert [row["step"] for row in rows] == [0, 3, 6, 9]  # the last, partial batch is used
-    assert [("srr" in row) for row in rows] == [True, False, True, False]
+    assert [("srr" in row) for row in rows] == [("srr_val" in row) for row in rows] == [True, False, True, True]
+    assert [("operators" in row) for row in rows] == [True, False, False, True]
+    assert rows[-1]["operators"][1]["output"] == pytest.approx(rows[-1]["srr"][1])
+    assert rows[-1]["srr_val"] != rows[-1]["srr"]
     assert set(rows[0]["srr"][0]) == {"l0", "rate_subspaces", "rate", "srr"} and len(rows[0]["srr"]) == 2
     assert rows[-1]["val_loss"] == result["val_loss"]
     assert result["gap"] == result["val_loss"] - result["train_loss"] and result["reached_target"] is None
@@ -122,9 +125,23 @@ def test_stopping_criterion_is_checked_more_often_near_the_target(tmp_path, monk
     run.start()
     run.train_loss = before
     evaluated = []
-    monkeypatch.setattr(training, "evaluate", lambda model, data, images, labels: evaluated.append((run.step, len(labels))) or (before, 0))
+    monkeypatch.setattr(training, "evaluate", lambda model, data, images, labels, **_: evaluated.append((run.step, len(labels))) or (before, 0))
     run.train_epoch(training.tqdm(disable=True))
     assert [step for step, n in evaluated if n == 250] == [math.ceil(25 * (i + 1) / checks) for i in range(checks)]
+
+
+def test_evaluation_ends_once_the_loss_is_known_to_be_high_enough(tmp_path):
+    run = Run(config(dropout=0.5), tmp_path)
+    arguments = (run.model, run.data, run.data.train_images, run.data.train_labels)
+    loss, accuracy = training.evaluate(*arguments)
+    with torch.no_grad():
+        logits = run.model.eval()(run.data.train_images).double()
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, run.data.train_labels).item())
+    assert accuracy == (logits.argmax(1) == run.data.train_labels).double().mean()
+    bound, unknown = training.evaluate(*arguments, chunk=10, enough=loss / 2)
+    assert loss / 2 <= bound < 0.8 * loss and math.isnan(unknown)
+    for enough in (1.001 * loss, math.inf):
+        assert training.evaluate(*arguments, chunk=10, enough=enough) == pytest.approx((loss, accuracy))
 
 
 def test_non_finite_loss_names_epoch_and_step_and_keeps_the_last_epoch(tmp_path, monkeypatch):
@@ -208,7 +225,7 @@ def test_grid_shards_and_skipping(script, tmp_path):
     for shard in ("1/2", "2/2", "2/2"):
         assert script("train", *grid, "--out", tmp_path / "shards", "--shard", shard)[0] == 0
     names = sorted(path.name for path in (tmp_path / "shards").iterdir())
-    assert len(names) == 8 and "crate_d12_b100_lr0.002_p0_eta0.1_last_s1" in names
+    assert len(names) == 8 and "crate_d12_L2_b100_lr0.002_p0_eta0.1_last_s1" in names
     code, out, _ = script("train", *grid, "--out", tmp_path / "shards")
     assert code == 0 and "8 runs" in out and "8 finished" in out
     assert script("train", *grid, "--out", tmp_path / "jobs", "--jobs", 2)[0] == 0
@@ -333,6 +350,15 @@ def test_a_run_without_srr_is_the_same_run_whatever_its_srr_flags(script, tmp_pa
     assert script("train", *SMALL, "--out", tmp_path)[0] == 0
     code, out, _ = script("train", *SMALL, "--out", tmp_path, "--srr-reg", 0, 0.1, "--srr-layer", 1, 2, "--srr-sparsity", "l1")
     assert code == 0 and "3 runs" in out and "1 finished" in out
+
+
+def test_weight_decay_is_decoupled_and_on_matrices_alone(tmp_path, monkeypatch):
+    run = Run(config(weight_decay=0.5, lr=0.1, schedule="constant", srr_reg=0.0), tmp_path)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    monkeypatch.setattr(training.F, "cross_entropy", lambda logits, labels: 0.0 * logits.sum())
+    run.train_step(run.data.train_images[:8], run.data.train_labels[:8], [])
+    for name, p in run.model.named_parameters():
+        assert torch.allclose(p, before[name] * (0.95 if p.ndim == 2 else 1.0), atol=1e-7), name
 
 
 def test_lambda_and_gamma_of_srr(tmp_path):
