@@ -48,7 +48,7 @@ def test_every_file_for_each_width_and_for_all(script, table, tmp_path):
     for folder, models, extra in ((out / "width=24", 16, []), (out / "width=48", 16, []), (out, 32, ["psi_width"])):
         assert written(folder) == list(FILES)
         for name in FILES[2:]:
-            assert (folder / name).read_bytes().startswith(b"\x89PNG")
+            assert (folder / name).read_bytes().startswith(b"\x89PNG" if name.endswith("png") else b"%PDF")
         result = read_csv(folder / "correlation.csv")
         first = "measure models tau tau_low tau_high p_value tau_b ties psi_model psi_lr psi_dropout".split()
         assert list(result[0])[: 15 + len(extra)] == [*first, *extra, "Psi", "K", "sign_error_mean", "sign_error_max"]
