@@ -111,7 +111,8 @@ def operator_claims(operators):
         return rows
 
     return [
-        *change("Trained {}: the attention step raises R^c, mean over layers", +1, "input", "compressed", MAIN),
+        *change("Trained {}: the attention step raises R^c, mean over layers", +1, "input", "compressed", ["crate-c", "crate-t", "crate"]),
+        *change("Trained {}: its negated step lowers R^c, mean over layers", -1, "input", "compressed", ["crate-n"]),
         *change("Trained {}: ISTA with its ReLU lowers R^c (conjecture), mean over layers", -1, "normalised", "output", MAIN),
     ]
 

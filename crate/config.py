@@ -31,7 +31,7 @@ PRESETS = {
     # Section 6: CRATE-Tiny on CIFAR-10 with the paper's augmentation; hours on a GPU.
     "paper": dict(augment="basic", log_srr_every=20),
     # The shipped 8x8 digits and a model that trains in a quarter of a minute on one CPU core.
-    "laptop": dict(dataset="digits", patch_size=2, width=48, depth=4, epochs=20, lr=2e-3, batch_size=64, log_srr_every=5),
+    "laptop": dict(dataset="digits", patch_size=2, width=48, depth=4, epochs=15, lr=2e-3, batch_size=64, log_srr_every=5),
     # Real 28x28 images on a CPU: a fixed part of Fashion-MNIST, deeper than the laptop preset.
     "fashion": dict(dataset="fashion-mnist", train_subset=6000, width=96, depth=6, epochs=20, lr=1e-3, log_srr_every=5),
 }

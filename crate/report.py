@@ -262,7 +262,7 @@ def layer_figures(layers, operators, results):
     panels = {}
     train = [row for row in layers if row["images"] == "train"]
     by_part = {part: nested(train, value, "model", "epoch", "layer") for part, value in parts.items() if part != "SRR"}
-    for model in ordered(by_part["$R$"]):
+    for model in (name for name in ordered(by_part["$R$"]) if name in claims.MAIN):
         panels |= {f"{model}: {part}": by_epoch(by_model[model]) for part, by_model in by_part.items()}
     figures.by_layer(panels, results / "figures" / "fig_2_parts.png", label="nats", sequential=True, share=False)
 

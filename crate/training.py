@@ -60,18 +60,13 @@ def srr_layers(choice, depth, steps):
 
 
 @torch.no_grad()
-def evaluate(model, data, images, labels, chunk=256, enough=math.inf):
-    """Mean cross-entropy and accuracy in eval mode and full precision, un-augmented: two floats, one synchronisation.
-
-    Once the mean cross-entropy can't be below `enough` any more, whatever the rest of the images: a lower bound of it and NaN.
-    """
+def evaluate(model, data, images, labels, chunk=256):
+    """Mean cross-entropy and accuracy in eval mode and full precision, un-augmented: two floats, one synchronisation."""
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=labels.device)
     for part, truth in zip(images.split(chunk), labels.split(chunk)):
         logits = model(data.resize(part))
         sums += torch.stack([F.cross_entropy(logits.double(), truth, reduction="sum"), (logits.argmax(1) == truth).sum()])
-        if enough < math.inf and sums[0] >= enough * len(labels):
-            return sums[0].item() / len(labels), math.nan
     loss, accuracy = (sums / len(labels)).tolist()
     return loss, accuracy
 
@@ -94,7 +89,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config["amp"] == "fp16")
         self.epoch = self.step = 0
         self.train_loss = math.inf  # cross-entropy over the training set at the last check of the stopping criterion
-        self.enough = max(config["stop_at_loss"] or 0, 0.05)  # above this the loss need not be known: no check depends on it
+        self.hardest_first = torch.arange(len(self.data.train_labels), device=self.device)  # by the last check's losses
         self.rows = []  # of log.jsonl
         self.steps_per_epoch = math.ceil(len(self.data.train_labels) / config["batch_size"])
         self.total_steps = config["epochs"] * self.steps_per_epoch
@@ -196,7 +191,9 @@ class Run:
             examples += len(labels)
             bar.update()
             if config["stop_at_loss"] is not None and i + 1 in check_at:
-                self.train_loss, _ = evaluate(self.model, self.data, self.data.train_images, self.data.train_labels, enough=self.enough)
+                # What the loss is above the target matters at the epoch's end alone, and there up to 0.05: it decides the checks.
+                enough = config["stop_at_loss"] if i + 1 < self.steps_per_epoch else max(config["stop_at_loss"], 0.05)
+                self.train_loss = self.training_loss(enough)
                 self.model.train()
                 if self.reached_target:
                     break
@@ -211,6 +208,25 @@ class Run:
         lr = self.optimizer.param_groups[0]["lr"]
         self.log(started, **means, lr=lr)
         bar.set_postfix(loss=f"{means['train_loss']:.4f}", val=f"{100 * self.rows[-1]['val_accuracy']:.1f}%")
+
+    @torch.no_grad()
+    def training_loss(self, enough, chunk=256):
+        """Mean cross-entropy over the training set as `evaluate` has it, or a lower bound of at least `enough`.
+
+        The images that were hardest at the last check come first: where few of them make up most of the loss, the rest need
+        not be looked at to know that it is too high.
+        """
+        self.model.eval()
+        total, losses = 0.0, []
+        for index in self.hardest_first.split(chunk):
+            logits = self.model(self.data.resize(self.data.train_images[index]))
+            losses.append(F.cross_entropy(logits.double(), self.data.train_labels[index], reduction="none"))
+            total += losses[-1].sum().item() / len(self.hardest_first)
+            if total >= enough:
+                break
+        seen = torch.cat(losses)
+        self.hardest_first[: len(seen)] = self.hardest_first[: len(seen)][seen.argsort(descending=True)]
+        return total
 
     def fail(self, step, reason):
         raise InputError(f"{self.folder}: epoch {self.epoch}, step {step}: {reason}; try a smaller --lr or --amp off")

@@ -125,23 +125,31 @@ def test_stopping_criterion_is_checked_more_often_near_the_target(tmp_path, monk
     run.start()
     run.train_loss = before
     evaluated = []
-    monkeypatch.setattr(training, "evaluate", lambda model, data, images, labels, **_: evaluated.append((run.step, len(labels))) or (before, 0))
+    monkeypatch.setattr(Run, "training_loss", lambda self, enough: evaluated.append((run.step, enough)) or before)
     run.train_epoch(training.tqdm(disable=True))
-    assert [step for step, n in evaluated if n == 250] == [math.ceil(25 * (i + 1) / checks) for i in range(checks)]
+    assert [step for step, _ in evaluated] == [math.ceil(25 * (i + 1) / checks) for i in range(checks)]
+    assert [enough for _, enough in evaluated] == [1e-9] * (checks - 1) + [0.05]
 
 
-def test_evaluation_ends_once_the_loss_is_known_to_be_high_enough(tmp_path):
+def test_evaluation_and_the_training_loss_agree(tmp_path):
     run = Run(config(dropout=0.5), tmp_path)
-    arguments = (run.model, run.data, run.data.train_images, run.data.train_labels)
-    loss, accuracy = training.evaluate(*arguments)
+    images, labels = run.data.train_images, run.data.train_labels
+    loss, accuracy = training.evaluate(run.model, run.data, images, labels, chunk=100)
     with torch.no_grad():
-        logits = run.model.eval()(run.data.train_images).double()
-    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, run.data.train_labels).item())
-    assert accuracy == (logits.argmax(1) == run.data.train_labels).double().mean()
-    bound, unknown = training.evaluate(*arguments, chunk=10, enough=loss / 2)
-    assert loss / 2 <= bound < 0.8 * loss and math.isnan(unknown)
-    for enough in (1.001 * loss, math.inf):
-        assert training.evaluate(*arguments, chunk=10, enough=enough) == pytest.approx((loss, accuracy))
+        logits = run.model.eval()(images).double()
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    assert loss == pytest.approx(losses.mean().item())
+    assert accuracy == (logits.argmax(1) == labels).double().mean()
+    for chunk in (10, 1000):
+        run = Run(config(dropout=0.5), tmp_path)
+        for enough in (math.inf, 1.001 * loss):
+            assert run.training_loss(enough, chunk) == pytest.approx(loss)
+    assert losses[run.hardest_first].diff().max() < 1e-5  # hardest first
+    seen = []
+    run.model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    bound = run.training_loss(loss / 2, 10)
+    assert loss / 2 <= bound < 0.7 * loss and sum(seen) < 0.5 * len(labels)
+    assert sorted(run.hardest_first.tolist()) == list(range(len(labels)))
 
 
 def test_non_finite_loss_names_epoch_and_step_and_keeps_the_last_epoch(tmp_path, monkeypatch):
