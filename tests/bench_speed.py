@@ -284,6 +284,19 @@ def exact_step_times(rounds):
         yield [N, f"{1e3 * softmax:.3g}", f"{1e3 * exact:.3g}", f"{softmax / exact:.2f}"]
 
 
+def profile_table():
+    """Where a training step of the laptop preset's size spends its time, by operation: share and calls a step."""
+    step, steps = our_step(model_of(48, 4, 17), random_batch(64, 17)), 20
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(steps):
+            step()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    lines = [[f"`{e.key[:50]}`", f"{100 * e.self_cpu_time_total / total:.0f} %", e.count // steps] for e in events[:10]]
+    return markdown_table(["laptop-sized step: operation", "share of time", "calls"], lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
@@ -312,9 +325,10 @@ def main():
             markdown_table(list(rows[0]), [(row | {"ratio": format(row["ratio"], ".3f")}).values() for row in rows]),
             growth_table(grown),
             markdown_table(["N", "softmax attention, ms", "exact step, ms", "ratio"], exact),
+            profile_table(),
         ]
     )
-    print(text + f"\nmeasured in {time.perf_counter() - began:.0f} s")
+    print(text, f"measured in {time.perf_counter() - began:.0f} s", sep="\n")
     if arguments.json:
         write_json(arguments.json, {"where": where, "rows": rows, "growth": grown, "exact_step": exact})
     if arguments.out:
