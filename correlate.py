@@ -79,6 +79,7 @@ def default_measures(rows, columns, arguments, seed_column):
 
 def markdown(rows, axes, arguments):
     """The statistics in the layout of Tables 1 and 5, sorted by tau, with intervals."""
+
     def value(row, key, form="+.3f"):
         return format(row[key], form) if math.isfinite(row[key]) else "-"
 

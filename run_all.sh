@@ -58,9 +58,10 @@ grid() { # the models of Section 5, stopped at a train cross-entropy of 0.01 (Ta
     --epochs $epochs --schedule constant --augment none --stop-at-loss 0.01 --log-srr-every 0 "$@"
 }
 measure() { go measure.py $runs/*_stop0.01 --out "$results/measures.csv" --jobs "$JOBS"; }
-correlate_both() {
-  correlate --gap gap --out "$results/correlation"
+correlate_both() { # at the same time: each takes one core
+  (correlate --gap gap --out "$results/correlation"; exit $status) & first=$!
   correlate --gap gap_accuracy --out "$results/correlation_accuracy"
+  wait $first || status=$?
 }
 report() {
   go -m crate.report --runs "$runs" --results "$results"

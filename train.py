@@ -22,12 +22,22 @@ def parse_arguments():
     positive, rate = number(int, 1), number(float, above=0)
     several = dict(nargs="+", metavar="VALUE")
     add = parser.add_argument
-    add("--preset", choices=("auto", *PRESETS), default="auto", help="settings that the other flags override (auto: paper on CUDA, else laptop)")
+    add(
+        "--preset",
+        choices=("auto", *PRESETS),
+        default="auto",
+        help="settings that the other flags override (auto: paper on CUDA, else laptop)",
+    )
     add("--model", nargs="+", choices=tuple(VARIANT_TABLE), help="one or more")
     add("--dataset", choices=tuple(DATASETS))
     add("--data-dir", default="data", help="where data sets are looked for and downloaded to (default: data)")
     add("--train-subset", type=positive, metavar="N", help="train on a fixed random choice of N training images")
-    add("--hold-out", type=number(float, 0, below=1), metavar="SHARE", help="validate on this share of the training images, to choose hyperparameters by")
+    add(
+        "--hold-out",
+        type=number(float, 0, below=1),
+        metavar="SHARE",
+        help="validate on this share of the training images, to choose hyperparameters by",
+    )
     add("--augment", choices=("none", "basic"), help="basic: random resized crop, horizontal flip, RandAugment(2, 14)")
     add("--image-size", type=positive, help="resize images to this (default: the data set's own)")
     add("--patch-size", type=positive)
@@ -64,7 +74,9 @@ def parse_arguments():
 def run_name(config):
     """The run folder's name: every flag that may take several values."""
     name = "{model}_d{width}_L{depth}_b{batch_size}_lr{lr:g}_p{dropout:g}".format(**config)
-    name += (f"_wd{config['weight_decay']:g}" if config["weight_decay"] else "") + (f"_hold{config['hold_out']:g}" if config["hold_out"] else "")
+    name += (f"_wd{config['weight_decay']:g}" if config["weight_decay"] else "") + (
+        f"_hold{config['hold_out']:g}" if config["hold_out"] else ""
+    )
     if config["srr_reg"]:
         name += "_eta{srr_reg:g}_{srr_layer}".format(**config) + "_l1" * (config["srr_sparsity"] == "l1")
     return name + f"_s{config['seed']}" + (f"_stop{config['stop_at_loss']:g}" if config["stop_at_loss"] else "")
@@ -155,7 +167,9 @@ def main():
     order = sorted(pending, key=lambda name: -pending[name]["parameters"] / pending[name]["batch_size"])
     tasks = [(pending[name], out / name, threads, jobs == 1) for name in order]
     failures = 0
-    with tqdm(total=len(configs), initial=len(configs) - len(pending), desc="runs", unit="run", disable=len(configs) == 1) as bar:
+    with tqdm(
+        total=len(configs), initial=len(configs) - len(pending), desc="runs", unit="run", disable=len(configs) == 1
+    ) as bar:
         for name, result, error in parallel(train_one, tasks, jobs, gpus_of(first["device"], torch.cuda.device_count())):
             if error:
                 failures += 1

@@ -17,7 +17,7 @@ NORM_MEASURES = (
 
 
 def verdict(low, high, side):
-    """"holds", "contradicted" or "undecided": the interval [low, high] of a number claimed to be > 0 (side +1) or < 0 (-1)."""
+    """ "holds", "contradicted" or "undecided": the interval [low, high] of a number claimed to be > 0 (side +1) or < 0 (-1)."""
     if side < 0:
         low, high = -high, -low
     return "holds" if low > 0 else "contradicted" if high < 0 else "undecided"
@@ -106,12 +106,22 @@ def operator_claims(operators):
     def change(text, side, first, second, models):
         rows = []
         for model in models:
-            values = [np.mean(np.subtract(by[second], by[first])) for by in rates.get(model, {}).values() if first in by and second in by]
+            values = [
+                np.mean(np.subtract(by[second], by[first]))
+                for by in rates.get(model, {}).values()
+                if first in by and second in by
+            ]
             rows += over_seeds("4.3", text.format(model), side, values)
         return rows
 
     return [
-        *change("Trained {}: the attention step raises R^c, mean over layers", +1, "input", "compressed", ["crate-c", "crate-t", "crate"]),
+        *change(
+            "Trained {}: the attention step raises R^c, mean over layers",
+            +1,
+            "input",
+            "compressed",
+            ["crate-c", "crate-t", "crate"],
+        ),
         *change("Trained {}: its negated step lowers R^c, mean over layers", -1, "input", "compressed", ["crate-n"]),
         *change("Trained {}: ISTA with its ReLU lowers R^c (conjecture), mean over layers", -1, "normalised", "output", MAIN),
     ]
@@ -122,7 +132,9 @@ def correlation_claims(rows, which, first):
     by_name = {row["measure"]: row for row in rows}
     if "srr" not in by_name:
         return []
-    others = [row for name, row in by_name.items() if not name.startswith("srr") and math.isfinite(row.get("diff_srr", math.nan))]
+    others = [
+        row for name, row in by_name.items() if not name.startswith("srr") and math.isfinite(row.get("diff_srr", math.nan))
+    ]
     models, claims = by_name["srr"]["models"], []
 
     def add(text, side, number, low, high):
@@ -163,6 +175,7 @@ def regularisation_claims(accuracy):
 
     Without SRR where `layer` is None, else with it on that layer, at the eta chosen for the model or that of Table 6.
     """
+
     def difference(*terms):  # (factor, {seed: accuracy}): the sum, for the seeds that all have
         seeds = set.intersection(*(set(values) for _, values in terms))
         return [sum(factor * values[seed] for factor, values in terms) for seed in sorted(seeds)]

@@ -119,7 +119,8 @@ def load_data(name, data_dir="data", *, image_size=None, train_subset=None, hold
 
     image_size: resize to this (None: the data set's own). train_subset: keep that many training images, chosen at random,
     always the same. hold_out: validate on this share of the training images, taken out of training, in the place of the
-    validation images: what hyperparameters may be chosen by. Raises InputError where files are missing and can't be downloaded, are broken, or hold too few images.
+    validation images: what hyperparameters may be chosen by. Raises InputError where files are missing and can't be
+    downloaded, are broken, or hold too few images.
     """
     if name not in LOADERS:
         raise InputError(f"--dataset {name}: unknown; choose from {', '.join(LOADERS)}")
@@ -140,7 +141,12 @@ def load_data(name, data_dir="data", *, image_size=None, train_subset=None, hold
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
         if not 0 < held < len(labels):
             raise InputError(f"--hold-out {hold_out}: leaves {held} of {len(labels)} training images to validate on")
-        val_images, val_labels, images, labels = images[order[:held]], labels[order[:held]], images[order[held:]], labels[order[held:]]
+        val_images, val_labels, images, labels = (
+            images[order[:held]],
+            labels[order[:held]],
+            images[order[held:]],
+            labels[order[held:]],
+        )
     size, channels, _ = DATASETS[name]
     images, val_images = (x.view(-1, channels, size, size).byte() for x in (images, val_images))
     std, mean = (x[:, None, None].to(device) for x in torch.std_mean(images.float() / 255, (0, 2, 3)))

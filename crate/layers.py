@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 from crate.config import VARIANT_TABLE
 from crate.rates import full_precision, merge_heads, split_heads, subspace_gradient
 
-
 LARGE = 80  # tokens beyond which, and CUDA where, the fused kernel that never writes the N x N weights is faster
 
 

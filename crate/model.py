@@ -26,14 +26,10 @@ class CRATE(nn.Module):
         super().__init__()
         patch_dim, tokens = patch_size**2 * channels, (image_size // patch_size) ** 2
         self.patch_size, self.heads, self.dropout = patch_size, heads, dropout
-        self.patch_embedding = nn.Sequential(
-            nn.LayerNorm(patch_dim), nn.Linear(patch_dim, width), nn.LayerNorm(width)
-        )
+        self.patch_embedding = nn.Sequential(nn.LayerNorm(patch_dim), nn.Linear(patch_dim, width), nn.LayerNorm(width))
         self.cls_token = nn.Parameter(torch.randn(1, 1, width))
         self.pos_embedding = nn.Parameter(torch.randn(1, tokens + 1, width))
-        self.layers = nn.ModuleList(
-            [Layer(name, width=width, heads=heads, dropout=dropout, **options) for _ in range(depth)]
-        )
+        self.layers = nn.ModuleList([Layer(name, width=width, heads=heads, dropout=dropout, **options) for _ in range(depth)])
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
 
     def embed(self, images):

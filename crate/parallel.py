@@ -1,4 +1,4 @@
-"""Several runs at the same time, each in a process of its own. No torch here: a worker gets its GPU before torch is imported."""
+"""Several runs at a time, each in a process of its own. No torch here: a worker gets its GPU before torch is imported."""
 
 import multiprocessing
 import os

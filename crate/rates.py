@@ -99,7 +99,7 @@ def subspace_coding_rate(tokens, U, heads, gamma=1.0):
 class _SubspaceGradient(torch.autograd.Function):
     """S = gamma V M^{-1}, M = I + gamma V^T V, is as smooth as R^c: its own gradient needs M^{-1} and S, no factorisation.
 
-    dM^{-1} = -gamma M^{-1} (dV^T V + V^T dV) M^{-1}, so an upstream gradient G becomes H - S (V^T H + G^T S), H = gamma G M^{-1}.
+    dM^{-1} = -gamma M^{-1} (dV^T V + V^T dV) M^{-1}, so a gradient G of S becomes H - S (V^T H + G^T S), H = gamma G M^{-1}.
     """
 
     @staticmethod
@@ -155,7 +155,7 @@ def taylor_bound(tokens, U, heads, gamma=1.0):
     with full_precision(tokens.device.type):
         V = split_heads(full(tokens) @ full(U), heads)
         gram = V.mT @ V
-        return (gamma / 2 * V.square().sum((-3, -2, -1)) - gamma**2 / 4 * gram.square().sum((-3, -2, -1)))
+        return gamma / 2 * V.square().sum((-3, -2, -1)) - gamma**2 / 4 * gram.square().sum((-3, -2, -1))
 
 
 def log_approximations(x):

@@ -23,10 +23,11 @@ RESULTS = (
 )  # fmt: skip
 
 
-CLAIMS_TEXT = """A claim *holds* where the whole 95 % interval of its number is on the claimed side, is *contradicted* where it is on the other
-side, and is *undecided* else (crate/claims.py). Intervals are t intervals over seeds; those of rank correlations are bootstraps.
+CLAIMS_TEXT = """A claim *holds* where the whole 95 % interval of its number is on the claimed side, is *contradicted* where it
+is on the other side, and is *undecided* else (crate/claims.py). Intervals are t intervals over seeds; those of rank
+correlations are bootstraps.
 """
-HELD_OUT_TEXT = """Bold: chosen by mean accuracy on training images that were held out; the validation images play no part in the choice.
+HELD_OUT_TEXT = """Bold: chosen by mean accuracy on training images that were held out; validation images play no part in it.
 """
 
 
@@ -64,15 +65,19 @@ def settings_of(preset):
 
 def at_preset(rows):
     """The runs of fixed length at their preset's own settings, but for VARIED: what Tables 2, 3, 6 and Fig. 2 compare."""
+
     def matches(row):
         settings = settings_of(row["preset"]) | {"image_size": str(DATASETS[row["dataset"]][0])}
-        return all(settings[key] == row[key] for key in settings.keys() - {"dataset", "model", "seed", "log_srr_every", *VARIED})
+        return all(
+            settings[key] == row[key] for key in settings.keys() - {"dataset", "model", "seed", "log_srr_every", *VARIED}
+        )
 
     return [row for row in rows if matches(row)]
 
 
 def accuracies(rows, model, **changes):
     """{seed: validation accuracy in %} of a model's runs that differ from their preset's settings in `changes` alone."""
+
     def matches(row):
         settings = settings_of(row["preset"]) | {"model": model} | changes
         return all(row[key] == settings[key] for key in ("model", *VARIED))
@@ -90,7 +95,12 @@ def chosen(rows, model, axis):
 
     The smallest of the best; the paper's 0.001 for srr_reg, and None for the others, where nothing was held out.
     """
-    held = {v: accuracies(rows, model, hold_out=h, **{axis: v}) for v in values_of(rows, axis) for h in values_of(rows, "hold_out") if float(h)}
+    held = {
+        v: accuracies(rows, model, hold_out=h, **{axis: v})
+        for v in values_of(rows, axis)
+        for h in values_of(rows, "hold_out")
+        if float(h)
+    }
     held = {v: np.mean(list(by_seed.values())) for v, by_seed in held.items() if by_seed and float(v)}
     return max(held, key=held.get) if held else "0.001" if axis == "srr_reg" else None
 
@@ -100,7 +110,9 @@ def spread(values):
     values = list(values)
     if not values:
         return "-"
-    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f} (n = {len(values)})" if len(values) > 1 else " (n = 1)")
+    return f"{np.mean(values):.2f}" + (
+        f" ± {np.std(values, ddof=1):.2f} (n = {len(values)})" if len(values) > 1 else " (n = 1)"
+    )
 
 
 def paired(with_srr, without):
@@ -130,21 +142,38 @@ def table_2(rows):
         plain, regularised = accuracies(rows, model), accuracies(rows, model, srr_reg=eta)
         if plain and regularised:
             lines.append([model, eta, spread(plain.values()), spread(regularised.values()), paired(regularised, plain)])
-    return lines and markdown_table(["model", "eta", "cross-entropy", "cross-entropy + SRR", "difference, 95 % interval"], lines)
+    return lines and markdown_table(
+        ["model", "eta", "cross-entropy", "cross-entropy + SRR", "difference, 95 % interval"], lines
+    )
 
 
 def table_choices(rows, axis, name):
-    """Every value of a regulariser's strength: accuracy on held-out training images, by which one is chosen, and on validation images."""
+    """Every strength of a regulariser: accuracy on held-out training images, which chooses, and on validation images."""
     lines = []
     for model in names(rows):
         plain, best = accuracies(rows, model), chosen(rows, model, axis)
         for value in values_of(rows, axis):
-            held = {seed: a for h in values_of(rows, "hold_out") if float(h) for seed, a in accuracies(rows, model, hold_out=h, **{axis: value}).items()}
+            held = {
+                seed: a
+                for h in values_of(rows, "hold_out")
+                if float(h)
+                for seed, a in accuracies(rows, model, hold_out=h, **{axis: value}).items()
+            }
             full = accuracies(rows, model, **{axis: value})
             if held and full:
                 difference = paired(full, plain) if float(value) else ""
-                lines.append([model, f"**{value}**" if value == best else value, spread(held.values()), spread(full.values()), difference])
-    return lines and markdown_table(["model", name, "held-out images", "validation images", "difference to 0, 95 % interval"], lines)
+                lines.append(
+                    [
+                        model,
+                        f"**{value}**" if value == best else value,
+                        spread(held.values()),
+                        spread(full.values()),
+                        difference,
+                    ]
+                )
+    return lines and markdown_table(
+        ["model", name, "held-out images", "validation images", "difference to 0, 95 % interval"], lines
+    )
 
 
 def table_regularisers(rows):
@@ -162,7 +191,7 @@ def table_regularisers(rows):
 
 
 def table_3(rows):
-    """Output matrices, and the models beyond the paper: parameters and validation accuracy without SRR in the loss (Table 3)."""
+    """Output matrices, and models beyond the paper: parameters and validation accuracy without SRR in the loss (Table 3)."""
     lines = []
     for model in names(rows):
         plain = accuracies(rows, model)
@@ -176,10 +205,16 @@ def table_3(rows):
 def table_4(rows):
     """The grid of Section 5 and how its runs ended (Table 4)."""
     axes = ("model", "batch_size", "lr", "width", "dropout")
-    lines = [[axis.replace("_", " "), ", ".join(sorted({row[axis] for row in rows}, key=lambda v: (len(v), v)))] for axis in axes]
+    lines = [
+        [axis.replace("_", " "), ", ".join(sorted({row[axis] for row in rows}, key=lambda v: (len(v), v)))] for axis in axes
+    ]
     missed = [row["run"] for row in rows if row["reached_target"] != "True"]
     lines += [["runs", len(rows)], ["reached the target", len(rows) - len(missed)]]
-    for name, key, scale in (("epochs", "epochs", 1), ("validation accuracy, %", "val_accuracy", 100), ("gap (loss)", "gap", 1)):
+    for name, key, scale in (
+        ("epochs", "epochs", 1),
+        ("validation accuracy, %", "val_accuracy", 100),
+        ("gap (loss)", "gap", 1),
+    ):
         values = [scale * float(row[key]) for row in rows]
         lines.append([name, f"{min(values):.4g} to {max(values):.4g}, median {np.median(values):.4g}"])
     return markdown_table(["", "values"], lines) + ("\nMissed the target: " + ", ".join(missed) + "\n" if missed else "")
@@ -194,12 +229,17 @@ def table_matrices(measured, rows):
         if own:
             columns = ("srr", "srr_key", "srr_value")
             lines.append([model, *(spread([float(row[key]) for row in own if row.get(key)]) for key in columns)])
-    return lines and markdown_table(["model", "SRR with U (in vit the query matrix)", "with the key matrix", "with the value matrix"], lines)
+    return lines and markdown_table(
+        ["model", "SRR with U (in vit the query matrix)", "with the key matrix", "with the value matrix"], lines
+    )
 
 
 def eta_of_layers(rows, model):
     """The eta at which most layers have been regularised, as text: the one that Table 6 compares them at."""
-    tried = {eta: {row["srr_layer"] for row in rows if (row["model"], row["srr_reg"]) == (model, eta)} for eta in values_of(rows, "srr_reg")}
+    tried = {
+        eta: {row["srr_layer"] for row in rows if (row["model"], row["srr_reg"]) == (model, eta)}
+        for eta in values_of(rows, "srr_reg")
+    }
     return max(tried, key=lambda eta: (float(eta) > 0, len(tried[eta])))
 
 
@@ -216,7 +256,9 @@ def table_6(rows):
             by_seed = accuracies(rows, model, srr_reg=eta, srr_layer=layer, srr_sparsity=norm)
             if by_seed:
                 lines.append([model, layer, norm, eta, spread(by_seed.values()), paired(by_seed, plain)])
-    return lines and markdown_table(["model", "layer", "norm of Z", "eta", "validation accuracy", "difference to none, 95 % interval"], lines)
+    return lines and markdown_table(
+        ["model", "layer", "norm of Z", "eta", "validation accuracy", "difference to none, 95 % interval"], lines
+    )
 
 
 def with_run(table, rows):
@@ -268,7 +310,11 @@ def layer_figures(layers, operators, results):
 
     if operators:
         last = max(row["epoch"] for row in operators)
-        steps = {"attention step": ("input", "compressed"), "LayerNorm": ("compressed", "normalised"), "ISTA": ("normalised", "output")}
+        steps = {
+            "attention step": ("input", "compressed"),
+            "LayerNorm": ("compressed", "normalised"),
+            "ISTA": ("normalised", "output"),
+        }
         values = {("$R^c$", "rate"): lambda row: row["rate_subspaces"],
                   (r"$\lambda ||Z||_0 - R$", "sparse_rate"): lambda row: row["srr"] - row["rate_subspaces"]}  # fmt: skip
         for (label, name), value in values.items():
@@ -276,7 +322,8 @@ def layer_figures(layers, operators, results):
             panels = {
                 model: {
                     step if "normalised" in points else {"LayerNorm": "MLP"}.get(step, step): {
-                        layer: np.subtract(points.get(after, points["output"])[layer], points[before][layer]) for layer in points[before]
+                        layer: np.subtract(points.get(after, points["output"])[layer], points[before][layer])
+                        for layer in points[before]
                     }
                     for step, (before, after) in steps.items() if before in points
                 }
@@ -309,7 +356,14 @@ def attention_table(rows):
         overflow = min((row["layer"] for row in own if row["overflow"]), default="never")
         rates = [spread(row[when] for row in part) for part, when in ((first, "before"), (first, "after"), (last, "after"))]
         lines.append([title, *rates, f"{rises} of {len(finite)}", overflow])
-    header = ["update", "R^c before layer 1", "after layer 1", "after its last layer", "steps that raise R^c", "overflow at layer"]
+    header = [
+        "update",
+        "R^c before layer 1",
+        "after layer 1",
+        "after its last layer",
+        "steps that raise R^c",
+        "overflow at layer",
+    ]
     return markdown_table(header, lines)
 
 
@@ -364,9 +418,18 @@ def all_claims(results, rates, base, fixed, layers, operators):
 
 def claims_table(rows):
     """The claims table as Markdown."""
+
     def line(row):
         bounds = f"[{row['low']:+.3g}, {row['high']:+.3g}]" if np.isfinite(row["low"]) else "-"
-        return [row["section"], row["claim"], row["claimed"], f"{row['number']:+.3g}", bounds, f"{row['n']} {row['of']}", f"**{row['verdict']}**"]
+        return [
+            row["section"],
+            row["claim"],
+            row["claimed"],
+            f"{row['number']:+.3g}",
+            bounds,
+            f"{row['n']} {row['of']}",
+            f"**{row['verdict']}**",
+        ]
 
     header = ["section", "claim: the number that decides it", "claimed", "number", "95 % interval", "n", "verdict"]
     return markdown_table(header, map(line, rows))
@@ -380,18 +443,32 @@ def depth_section(fixed, layers, results):
     if len(depths) < 2:
         return []
     by_depth = {model: {depth: accuracies(fixed, model, depth=depth) for depth in depths} for model in names(fixed)}
-    lines = [[model, *(spread(a.values()) for a in own.values())] for model, own in by_depth.items() if sum(map(bool, own.values())) > 1]
+    lines = [
+        [model, *(spread(a.values()) for a in own.values())]
+        for model, own in by_depth.items()
+        if sum(map(bool, own.values())) > 1
+    ]
     plain = {row["run"]: row["depth"] for row in fixed if row["srr_reg"] == "0.0" and row["hold_out"] == "0.0"}
     last = max((row["epoch"] for row in layers), default=0)
-    rows = [row | {"depth": plain[row["run"]]} for row in layers if row["run"] in plain and row["images"] == "train" and row["epoch"] == last]
+    rows = [
+        row | {"depth": plain[row["run"]]}
+        for row in layers
+        if row["run"] in plain and row["images"] == "train" and row["epoch"] == last
+    ]
     curves = nested(rows, lambda row: row["srr"], "model", "depth", "layer")
-    panels = {model: {f"L = {d}": curves[model][d] for d in depths if d in curves[model]} for model, *_ in lines if model in curves}
+    panels = {
+        model: {f"L = {d}": curves[model][d] for d in depths if d in curves[model]} for model, *_ in lines if model in curves
+    }
     if panels:
         label = "SRR measure after training"
         figures.by_layer(panels, Path(results) / "figures" / "depth.png", label=label, sequential=True)
     return [
         markdown_table(["validation accuracy, %", *(f"L = {depth}" for depth in depths)], lines),
-        image("SRR along the layers of trained models of every depth, mean over seeds, 95 % intervals", "figures/depth.png", results),
+        image(
+            "SRR along the layers of trained models of every depth, mean over seeds, 95 % intervals",
+            "figures/depth.png",
+            results,
+        ),
     ]
 
 
@@ -440,7 +517,9 @@ def write_report(results, attention):
         *correlations(results, "correlation_accuracy", "gap in accuracy"),
     )
     if fixed:
-        what = "Validation accuracy in % after the last epoch, mean ± standard deviation over seeds; differences are paired by seed.\n"
+        what = (
+            "Validation accuracy in % after the last epoch, mean ± standard deviation over seeds; differences paired by seed.\n"
+        )
         text += section("SRR in the loss, last layer (Section 6, Table 2)", what, table_2(fixed))
         text += section("Choosing eta", HELD_OUT_TEXT, table_choices(fixed, "srr_reg", "eta"))
         text += section("SRR against weight decay and dropout", what, table_regularisers(fixed))
@@ -469,7 +548,9 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--runs", help="folder of run folders, such as runs/laptop; without it, --results is reported as it is")
     parser.add_argument("--results", required=True, help="folder of the tables, such as results/digits")
-    parser.add_argument("--attention", default="results/attention_only", help="what attention_only.py wrote (default: %(default)s)")
+    parser.add_argument(
+        "--attention", default="results/attention_only", help="what attention_only.py wrote (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     results = output_folder(arguments.results, "--results")
     if arguments.runs:

@@ -40,7 +40,7 @@ def resolve_device(name):
 
 
 def resolve_amp(amp, device):
-    """"off", "bf16" or "fp16" for the flag's value. Raises InputError where the device can't multiply in that type."""
+    """ "off", "bf16" or "fp16" for the flag's value. Raises InputError where the device can't multiply in that type."""
     if amp == "auto":
         amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
     if amp != "off":
@@ -177,7 +177,9 @@ class Run:
         """One epoch, or its part up to the stopping criterion; nothing in it waits for the device but that criterion."""
         started, config = time.perf_counter(), self.config
         self.epoch += 1
-        torch.manual_seed(mixed_seed(DROPOUT, config["seed"], self.epoch))  # dropout and random layers are functions of (seed, epoch)
+        torch.manual_seed(
+            mixed_seed(DROPOUT, config["seed"], self.epoch)
+        )  # dropout and random layers are functions of (seed, epoch)
         layers = srr_layers(config["srr_layer"], config["depth"], self.steps_per_epoch)
         checks = next(n for below, n in CHECKS_PER_EPOCH if self.train_loss < below or below == math.inf)
         check_at = {math.ceil(self.steps_per_epoch * (i + 1) / checks) for i in range(checks)}
@@ -191,7 +193,7 @@ class Run:
             examples += len(labels)
             bar.update()
             if config["stop_at_loss"] is not None and i + 1 in check_at:
-                # What the loss is above the target matters at the epoch's end alone, and there up to 0.05: it decides the checks.
+                # How far above the target it is matters at the epoch's end alone, and up to 0.05: that decides the checks.
                 enough = config["stop_at_loss"] if i + 1 < self.steps_per_epoch else max(config["stop_at_loss"], 0.05)
                 self.train_loss = self.training_loss(enough)
                 self.model.train()
@@ -272,7 +274,9 @@ def train(config, folder, show_progress=True):
             write_json(folder / "config.json", config)
         run = Run(config, folder)
         run.start()
-        with tqdm(total=run.total_steps, initial=run.step, desc=folder.name, unit="step", disable=not show_progress, leave=False) as bar:
+        with tqdm(
+            total=run.total_steps, initial=run.step, desc=folder.name, unit="step", disable=not show_progress, leave=False
+        ) as bar:
             while run.epoch < config["epochs"] and not run.reached_target:
                 run.train_epoch(bar)
                 run.save()

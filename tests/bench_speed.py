@@ -11,7 +11,6 @@ the d x d side, the stop-gradient by running layers again, unfused Adam, noise d
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
@@ -208,7 +207,13 @@ def ratios(width, depth, rounds):
 
     small = random_batch(64, 17)
     slow, fast = interleaved([make(model_of(48, 4, 17), small) for make in (textbook_step, our_step)], 6 * rounds)
-    yield "training step of the laptop preset's size (N = 17, d = 48, L = 4), textbook / ours", slow / fast, "", ms(slow), ms(fast)
+    yield (
+        "training step of the laptop preset's size (N = 17, d = 48, L = 4), textbook / ours",
+        slow / fast,
+        "",
+        ms(slow),
+        ms(fast),
+    )
 
     model, images, labels = trained_on_digits()
     weights = measures.perturbed_parameters(model)
@@ -218,7 +223,13 @@ def ratios(width, depth, rounds):
             return reference.noise_scale(lambda draw: measures.accuracy(model, draw, images, labels), weights)
 
     slow, fast = interleaved([textbook_search, lambda: measures.noise_scale(model, images, labels)], rounds)
-    yield "PAC-Bayes search for sigma (laptop preset, 250 images), bisection and a loop / ours", slow / fast, ">= 2", ms(slow), ms(fast)
+    yield (
+        "PAC-Bayes search for sigma (laptop preset, 250 images), bisection and a loop / ours",
+        slow / fast,
+        ">= 2",
+        ms(slow),
+        ms(fast),
+    )
     slow, fast = interleaved(draws_in_a_loop_or_batched(model, images), 2 * rounds)
     yield "ten noisy copies of that model, in a loop / batched by vmap", slow / fast, ">= 2", ms(slow), ms(fast)
 
@@ -242,7 +253,9 @@ def growth(rounds):
         steps = [our_step(model_of(c["width"], c["depth"], c["tokens"]), random_batch(c["batch"], c["tokens"])) for c in cases]
         for case, value, seconds in zip(cases, values, interleaved(steps, rounds)):
             N, d = case["tokens"], case["width"]
-            attention = 2 * N / (2 * N + 3 * d)  # of a layer's operations: 4 N^2 d in attention, 6 N d^2 in products with U, U, M
+            attention = (
+                2 * N / (2 * N + 3 * d)
+            )  # of a layer's operations: 4 N^2 d in attention, 6 N d^2 in products with U, U, M
             rows.append({"axis": axis, "value": value, "seconds": seconds / case["batch"], "attention": attention,
                          "bytes": peak_memory(**case) / case["batch"]})  # fmt: skip
     return rows
@@ -265,7 +278,10 @@ def growth_figure(rows, path):
     for axis, name in zip(axes, "NdL"):
         own = [row for row in rows if row["axis"] == name]
         values = [row["value"] for row in own]
-        for key, scale, colour, label in (("seconds", 1e3, "#0072B2", "ms per image"), ("bytes", 2**-20, "#D55E00", "MiB per image")):
+        for key, scale, colour, label in (
+            ("seconds", 1e3, "#0072B2", "ms per image"),
+            ("bytes", 2**-20, "#D55E00", "MiB per image"),
+        ):
             y = [scale * row[key] for row in own]
             axis.loglog(values, y, "o-", color=colour, markersize=4, label=f"{label}, exponent {exponent(values, y):.2f}")
         axis.set_xticks(values, values)
@@ -279,7 +295,9 @@ def exact_step_times(rounds):
     """Rows N, ms of softmax attention and of crate-e's exact step, forward and backward, d = 192, K = 6, one image."""
     for N in (65, 197, 785, 2048, 4096):
         V = split_heads(torch.randn(1, N, 192), HEADS).requires_grad_()
-        functions = [lambda f=f: torch.autograd.grad(merge_heads(f(V)).sum(), V) for f in (subspace_attention, subspace_gradient)]
+        functions = [
+            lambda f=f: torch.autograd.grad(merge_heads(f(V)).sum(), V) for f in (subspace_attention, subspace_gradient)
+        ]
         softmax, exact = interleaved(functions, 2 * rounds)
         yield [N, f"{1e3 * softmax:.3g}", f"{1e3 * exact:.3g}", f"{softmax / exact:.2f}"]
 
@@ -311,8 +329,9 @@ def main():
     began = time.perf_counter()
     made = provenance()
     where = (
-        f"{made['versions']['processor']}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}; "
-        f"d = {arguments.width}, L = {arguments.depth}, K = {HEADS}, N = 65, batch 64, float32; medians of {arguments.rounds} rounds."
+        f"{made['versions']['processor']}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
+        f"torch {torch.__version__}; d = {arguments.width}, L = {arguments.depth}, K = {HEADS}, N = 65, batch 64, float32; "
+        f"medians of {arguments.rounds} rounds."
     )
     rows = []
     for row in ratios(arguments.width, arguments.depth, arguments.rounds):

@@ -62,14 +62,18 @@ def update(rule, tokens, U, heads, alpha=1.0, gamma=1.0):
     for U_k in subspaces(U, heads):
         V = U_k.mT @ Z  # (..., p, N)
         gram = V.mT @ V
-        step = step + U_k @ {
-            "a": lambda: -gamma * V @ torch.linalg.inv(eye(gram.shape[-1], Z) + gamma * gram),
-            "b": lambda: -gamma * V + gamma**2 * V @ gram,
-            "c": lambda: -gamma * V,
-            "d": lambda: gamma**2 * V @ gram,
-            "e": lambda: gamma**2 * V @ torch.softmax(gram, dim=-2),
-            "n": lambda: -(gamma**2) * V @ torch.softmax(gram, dim=-2),
-        }[rule]()
+        step = (
+            step
+            + U_k
+            @ {
+                "a": lambda: -gamma * V @ torch.linalg.inv(eye(gram.shape[-1], Z) + gamma * gram),
+                "b": lambda: -gamma * V + gamma**2 * V @ gram,
+                "c": lambda: -gamma * V,
+                "d": lambda: gamma**2 * V @ gram,
+                "e": lambda: gamma**2 * V @ torch.softmax(gram, dim=-2),
+                "n": lambda: -(gamma**2) * V @ torch.softmax(gram, dim=-2),
+            }[rule]()
+        )
     return (Z + alpha * step).mT
 
 
@@ -211,7 +215,7 @@ def stop_gradient_srr(outputs, weights, variant, heads, layers, sparsity=0.1, ga
 
 
 def noise_scale(accuracy, weights, drop=0.1, draws=10, low=1e-4, high=1.0, precision=0.01):
-    """PAC-Bayes sigma by bisection on its logarithm, the draws in a loop; accuracy(weights) -> float, weights {name: tensor}."""
+    """PAC-Bayes sigma by bisection on its logarithm, draws in a loop; accuracy(weights) -> float, weights {name: tensor}."""
     unperturbed = accuracy(weights)
     while math.log(high / low) > precision:
         sigma, total = math.sqrt(low * high), 0.0

@@ -79,7 +79,11 @@ def test_log_approximations_touch_at_one_and_bound():
 def test_script(script, tmp_path):
     code, out, _ = script("attention_only", *FLAGS, "--seed", 3, 4, "--depth", 9, "--out", tmp_path)
     assert code == 0 and "CRATE-N" in out and "overflow" in out
-    assert {path.name for path in tmp_path.iterdir()} == {"rates.csv", "log.csv", *(f"fig_{n}.{kind}" for n in ("1a", "1b", "5") for kind in ("png", "pdf"))}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "rates.csv",
+        "log.csv",
+        *(f"fig_{n}.{kind}" for n in ("1a", "1b", "5") for kind in ("png", "pdf")),
+    }
     with open(tmp_path / "rates.csv") as stream:
         rows = list(csv.DictReader(stream))
     assert {row["rule"] for row in rows} == set(RULES) and {row["seed"] for row in rows} == {"3", "4"}

@@ -61,7 +61,9 @@ def layer_rows(model, seed, epoch, values):
 def test_layer_claims():
     rows = []
     for seed, noise in enumerate((0.0, 0.1, 0.2)):
-        rows += layer_rows("crate", seed, 0, [9, 7, 5 + noise, 8]) + layer_rows("crate", seed, 20, [10, 9, 8 + noise, 7 + noise])
+        rows += layer_rows("crate", seed, 0, [9, 7, 5 + noise, 8]) + layer_rows(
+            "crate", seed, 20, [10, 9, 8 + noise, 7 + noise]
+        )
     result = claims.layer_claims(rows[::-1])  # in any order
     assert find(result, "At initialisation") == ("holds", -3.9)
     assert find(result, "rises after") == ("holds", 2.9)
@@ -91,7 +93,8 @@ def statistic(measure, tau, low, high, diff=0.0, psi=0.0):
 
 def test_correlation_claims():
     table = [
-        statistic("srr", 0.4, 0.2, 0.6), statistic("srr_rate", 0.9, 0.8, 1.0, -0.5, -0.5), statistic("path_norm", -0.3, -0.5, -0.1, 0.7, 0.2),
+        statistic("srr", 0.4, 0.2, 0.6), statistic("srr_rate", 0.9, 0.8, 1.0, -0.5, -0.5),
+        statistic("path_norm", -0.3, -0.5, -0.1, 0.7, 0.2),
         statistic("log_prod_of_fro", -0.6, -0.7, -0.5, 1.0, 1.0), statistic("log_sum_of_spec", -0.1, -0.3, 0.1, 0.5, 0.9),
         statistic("pacbayes_flatness", 0.2, 0.1, 0.3, 0.2, -0.4),
     ]  # fmt: skip
@@ -110,7 +113,8 @@ def test_correlation_claims():
 def test_regularisation_claims():
     table = {
         ("crate-c", None): [90, 91, 92], ("crate-c", "last"): [92.0, 93.1, 93.9], ("crate-c", "random"): [91, 91, 91],
-        ("crate-c", "1"): [95, 96, 95.5], ("crate-n", None): [89, 90.2, 91.1], ("crate-t", None): [95, 95.5, 96], ("crate", None): [96, 97, 97],
+        ("crate-c", "1"): [95, 96, 95.5], ("crate-n", None): [89, 90.2, 91.1],
+        ("crate-t", None): [95, 95.5, 96], ("crate", None): [96, 97, 97],
         ("crate", "last"): [96, 98, 96],
     }  # fmt: skip
 

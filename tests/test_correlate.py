@@ -10,7 +10,11 @@ from crate import statistics
 from crate.files import read_csv, write_csv
 
 AXES = ("model", "width", "lr", "dropout")
-FILES = ("correlation.csv", "correlation.md", *(f"{name}.{kind}" for name in ("forest", "heatmap", "scatter") for kind in ("pdf", "png")))
+FILES = (
+    "correlation.csv",
+    "correlation.md",
+    *(f"{name}.{kind}" for name in ("forest", "heatmap", "scatter") for kind in ("pdf", "png")),
+)
 FLAGS = ("--hyperparameters", "model", "lr", "dropout", "--gap", "gap", "--resamples", 100)
 
 

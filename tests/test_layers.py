@@ -7,7 +7,7 @@ import torch
 from torch.func import functional_call
 
 from crate.config import VARIANT_TABLE
-from crate.layers import ISTA, LARGE, MSSA, Layer, dropout, dropout_factors, subspace_attention
+from crate.layers import ISTA, LARGE, Layer, dropout, dropout_factors, subspace_attention
 from crate.rates import merge_heads, split_heads
 from tests import reference
 from tests.reference import assert_close, copies

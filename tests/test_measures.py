@@ -88,9 +88,7 @@ def textbook(weights, initial, gamma, m, sigma, sigma_mag):
     out |= {"l2_dist": np.linalg.norm(u), "fro_dist": sum(dfro), "dist_spec_init": sum(dspec)}
     for name, vector in (("init", u), ("orig", w)):
         out[f"pacbayes_{name}"] = vector @ vector / (4 * sigma**2) + np.log(m / sigma) + 10
-        terms = [
-            np.log((1e-6 + (sigma_mag**2 + 1) * (vector @ vector) / omega) / (1e-6 + sigma_mag**2 * x**2)) for x in u
-        ]
+        terms = [np.log((1e-6 + (sigma_mag**2 + 1) * (vector @ vector) / omega) / (1e-6 + sigma_mag**2 * x**2)) for x in u]
         out[f"pacbayes_mag_{name}"] = sum(terms) / 4 + np.log(m / sigma_mag) + 10
     return out | {"pacbayes_flatness": sigma**-2, "pacbayes_mag_flatness": sigma_mag**-2}
 
@@ -271,6 +269,7 @@ def test_find_scale_agrees_with_bisection(crossing, shape, guess):
     assert drop(scale * 0.989) <= 0.1 <= drop(scale * 1.011)  # a crossing lies within PRECISION
     if shape != "rounded":  # where 0.1 itself is a plateau, any point of it will do
         assert scale == pytest.approx(bisection(drop, 1e-4, 1), rel=0.011)
+
 
 def test_find_scale_without_a_crossing_ends_at_an_end():
     assert measures.find_scale(lambda s: 0.02 * s, 0.04) == (pytest.approx(1, rel=0.02), pytest.approx(0.02, rel=0.02))

@@ -7,8 +7,15 @@ import torch
 
 from crate.layers import subspace_attention
 from crate.rates import (
-    coding_rate, exact_gradient, expansion_gradient, log_approximations, merge_heads, split_heads, subspace_coding_rate,
-    subspace_gradient, taylor_bound,
+    coding_rate,
+    exact_gradient,
+    expansion_gradient,
+    log_approximations,
+    merge_heads,
+    split_heads,
+    subspace_coding_rate,
+    subspace_gradient,
+    taylor_bound,
 )  # fmt: skip
 from tests import reference
 from tests.reference import assert_close, orthonormal

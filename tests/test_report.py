@@ -88,9 +88,27 @@ def test_strengths_are_chosen_on_held_out_images():
     assert [line[2].split()[0] for line in lines] == ["99.00", "70.00", "80.00"]
 
 
+def test_depth(tmp_path):
+    rows = [row(run=f"L{L}s{s}", depth=L, seed=s, val_accuracy=0.5 + L / 100 + s / 10) for L in (2, 4, 8) for s in range(2)]
+    rows += [row(run="r", model="crate"), row(run="e", depth=8, srr_reg=0.1, val_accuracy=1)]
+    layers = [
+        {"run": f"L{L}s{s}", "epoch": epoch, "layer": l, "images": images, "srr": l + s, "rate": 1, "rate_subspaces": 1}
+        for L in (2, 4, 8) for s in range(2) for epoch in (0, 9) for images in ("train", "val") for l in range(1, L + 1)
+    ]  # fmt: skip
+    table, image = report.depth_section(rows, report.with_run(layers, rows), tmp_path)
+    (line,) = cells(table)[2:]  # crate has one depth alone
+    assert cells(table)[0][1:] == ["L = 2", "L = 4", "L = 8"]
+    assert [cell.split()[0] for cell in line] == ["crate-c", "57.00", "59.00", "63.00"]
+    assert "figures/depth.png" in image and (tmp_path / "figures" / "depth.png").stat().st_size > 5000
+    assert report.depth_section([row()], [], tmp_path) == []
+
+
 def test_table_of_matrices():
     measured = [{"run": f"v{s}", "model": "vit", "srr": 5 + s, "srr_key": 7, "srr_value": 9} for s in range(2)]
-    measured += [{"run": "c", "model": "crate", "srr": 3.0, "srr_key": "", "srr_value": ""}, {"run": "deep", "model": "crate", "srr": 99}]
+    measured += [
+        {"run": "c", "model": "crate", "srr": 3.0, "srr_key": "", "srr_value": ""},
+        {"run": "deep", "model": "crate", "srr": 99},
+    ]
     rows = [row(run="v0", model="vit"), row(run="v1", model="vit"), row(run="c", model="crate")]
     crate, vit = cells(report.table_matrices(measured, rows))[2:]
     assert crate == ["crate", "3.00 (n = 1)", "-", "-"]
@@ -98,7 +116,15 @@ def test_table_of_matrices():
 
 
 def test_only_runs_at_the_presets_settings_enter_the_tables():
-    rows = [row(), row(width=96), row(lr=0.5), row(max_epochs=2), row(stop_at_loss=0.01), row(augment="basic"), row(ista_beta=0.2)]
+    rows = [
+        row(),
+        row(width=96),
+        row(lr=0.5),
+        row(max_epochs=2),
+        row(stop_at_loss=0.01),
+        row(augment="basic"),
+        row(ista_beta=0.2),
+    ]
     rows += [row(model="crate", srr_reg=0.1), row(seed=3, srr_layer="all", srr_reg=0.001), row(depth=2), row(dropout=0.1)]
     assert report.at_preset(rows) == [rows[0], *rows[-4:]]
     assert report.accuracies(rows, "crate-c") == {"0": 50.0}
@@ -127,7 +153,12 @@ def runs(tmp_path_factory):
 def test_collect(runs, tmp_path):
     report.collect(runs, tmp_path)
     rows, layers, operators = (read_csv(tmp_path / f"{name}.csv") for name in ("runs", "layers", "operators"))
-    assert len(operators) == 4 * 2 * 2 * 4 and {r["point"] for r in operators} == {"input", "compressed", "normalised", "output"}
+    assert len(operators) == 4 * 2 * 2 * 4 and {r["point"] for r in operators} == {
+        "input",
+        "compressed",
+        "normalised",
+        "output",
+    }
     assert len(rows) == 4 and {r["max_epochs"] for r in rows} == {"2"}
     assert {(r["epoch"], r["layer"]) for r in layers} == {("0", "1"), ("0", "2"), ("2", "1"), ("2", "2")} and len(layers) == 32
     assert {r["images"] for r in layers} == {"train", "val"}
@@ -138,7 +169,9 @@ def test_collect(runs, tmp_path):
 
 
 def test_report_is_rebuilt_from_its_tables_alone(runs, tmp_path, script, monkeypatch):
-    preset = PRESETS["laptop"] | dict(width=12, heads=3, depth=2, epochs=2, patch_size=4, train_subset=200)  # what the tables select
+    preset = PRESETS["laptop"] | dict(
+        width=12, heads=3, depth=2, epochs=2, patch_size=4, train_subset=200
+    )  # what the tables select
     monkeypatch.setitem(report.PRESETS, "laptop", preset)
     assert script("attention_only", "--tokens", 9, "--depth", 2, "--width", 12, "--heads", 3, "--out", tmp_path / "a")[0] == 0
     flags = ("--results", tmp_path / "r", "--attention", tmp_path / "a")

@@ -121,7 +121,9 @@ def test_rates_around_the_operators(variant):
         own, U = reference.of_layer(weights, index), model.layers[index].mssa.U.weight.mT
         before, normed = outputs[index], reference.layer_norm(outputs[index], own, "norm1")
         if variant == "crate-n":
-            step = -reference.output_projection(reference.attention(normed, own["mssa.U.weight"].mT, HEADS, 2**-1), own, variant)
+            step = -reference.output_projection(
+                reference.attention(normed, own["mssa.U.weight"].mT, HEADS, 2**-1), own, variant
+            )
         elif variant == "crate-e":
             step = reference.update("a", normed, own["mssa.U.weight"].mT, HEADS) - normed
         else:

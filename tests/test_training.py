@@ -25,7 +25,9 @@ SMALL += ("--train-subset", 250, "--device", "cpu")
 
 def config(**changes):
     size, channels, classes = DATASETS["digits"]
-    base = DEFAULTS | dict(dataset="digits", patch_size=4, image_size=size, channels=channels, classes=classes, width=12, heads=3, depth=2)
+    base = DEFAULTS | dict(
+        dataset="digits", patch_size=4, image_size=size, channels=channels, classes=classes, width=12, heads=3, depth=2
+    )
     base |= dict(epochs=3, batch_size=100, train_subset=250, lr=1e-2, dropout=0.1, srr_reg=1e-3, srr_layer="random")
     return base | dict(log_srr_every=2, data_dir="data", device="cpu", amp="off", compile=False) | changes
 
@@ -243,8 +245,23 @@ def test_grid_shards_and_skipping(script, tmp_path):
 
 
 def test_workers_end_with_a_killed_parent(tmp_path):
-    command = [sys.executable, "train.py", *map(str, SMALL), "--epochs", "100000", "--seed", "0", "1", "--jobs", "2", "--out", tmp_path]
-    parent = subprocess.Popen(command, cwd=Path(training.__file__).parents[1], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "train.py",
+        *map(str, SMALL),
+        "--epochs",
+        "100000",
+        "--seed",
+        "0",
+        "1",
+        "--jobs",
+        "2",
+        "--out",
+        tmp_path,
+    ]
+    parent = subprocess.Popen(
+        command, cwd=Path(training.__file__).parents[1], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     wait_until(lambda: len(list(tmp_path.glob("*/last.pt"))) == 2)
     parent.kill()
     parent.wait()
@@ -274,9 +291,25 @@ def test_config_holds_every_flag(script, tmp_path):
     assert stored["preset"] == "laptop" and stored["width"] == 12 and stored["dataset"] == "digits"
 
 
+def test_every_run_of_a_grid_has_a_name_of_its_own():
+    from train import run_name
+
+    base = DEFAULTS | {"srr_reg": 0.1}
+    changes = dict(model="vit", width=12, depth=3, batch_size=7, lr=0.5, dropout=0.2, weight_decay=0.1)
+    changes |= dict(srr_reg=0.2, srr_layer="all", srr_sparsity="l1", seed=5, hold_out=0.3, stop_at_loss=0.1)
+    names = [run_name(base)] + [run_name(base | {key: value}) for key, value in changes.items()]
+    assert len(set(names)) == 1 + len(changes)
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
+        (("--hold-out", 1), ("--hold-out",)),
+        (("--hold-out", 0.001), ("--hold-out 0.001", "leaves 0 of 250")),
+        (("--weight-decay", -1), ("--weight-decay",)),
+        (("--temperature", "two"), ("--temperature", "sqrt-p")),
+        (("--ista-beta", 0), ("--ista-beta",)),
+        (("--srr-gamma", "inf"), ("--srr-gamma",)),
         (("--dataset", "mnist"), ("--dataset", "digits")),
         (("--model", "resnet"), ("--model", "crate-c")),
         (("--width", 97), ("--width 97", "--heads 3")),
@@ -372,7 +405,9 @@ def test_weight_decay_is_decoupled_and_on_matrices_alone(tmp_path, monkeypatch):
 def test_lambda_and_gamma_of_srr(tmp_path):
     """With both coefficients chosen, the logged measure and the loss's are lambda l0 + R^c - R at that gamma."""
     train(config(epochs=1, srr_layer="last", dropout=0.0, log_srr_every=1), tmp_path / "a", False)
-    train(config(epochs=1, srr_layer="last", dropout=0.0, log_srr_every=1, srr_lambda=0.5, srr_gamma=0.01), tmp_path / "b", False)
+    train(
+        config(epochs=1, srr_layer="last", dropout=0.0, log_srr_every=1, srr_lambda=0.5, srr_gamma=0.01), tmp_path / "b", False
+    )
     a, b = log(tmp_path / "a"), log(tmp_path / "b")
     for layer, other in zip(a[0]["srr"], b[0]["srr"], strict=True):  # the same model, at initialisation
         assert layer["l0"] == other["l0"] and layer["rate"] > 2 * other["rate"] > 0
