@@ -520,11 +520,14 @@ def write_report(results, attention):
         what = (
             "Validation accuracy in % after the last epoch, mean ± standard deviation over seeds; differences paired by seed.\n"
         )
-        text += section("SRR in the loss, last layer (Section 6, Table 2)", what, table_2(fixed))
-        text += section("Choosing eta", HELD_OUT_TEXT, table_choices(fixed, "srr_reg", "eta"))
-        text += section("SRR against weight decay and dropout", what, table_regularisers(fixed))
-        text += section("Output matrices (Table 3), and models beyond the paper", what, table_3(fixed))
-        text += section("Which layer's SRR (Table 6)", what, table_6(fixed))
+        for title, above, of_section in (
+            ("SRR in the loss, last layer (Section 6, Table 2)", what, table_2(fixed)),
+            ("Choosing eta", HELD_OUT_TEXT, table_choices(fixed, "srr_reg", "eta")),
+            ("SRR against weight decay and dropout", what, table_regularisers(fixed)),
+            ("Output matrices (Table 3), and models beyond the paper", what, table_3(fixed)),
+            ("Which layer's SRR (Table 6)", what, table_6(fixed)),
+        ):
+            text += section(title, of_section and above, of_section)
         text += section("SRR of a standard transformer", table_matrices(table("srr.csv"), base))
         text += section("Depth", *depth_section(fixed, with_run(every_layer, fixed), results))
     if rows:

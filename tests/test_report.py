@@ -184,6 +184,7 @@ def test_report_is_rebuilt_from_its_tables_alone(runs, tmp_path, script, monkeyp
         if line.startswith("!["):
             assert (tmp_path / "r" / line.split("](")[1].rstrip(")")).stat().st_size > 5000, line
     assert "fig_2.png" in text and "nan" not in text.lower()
+    assert "Choosing eta" not in text and "weight decay" not in text  # nothing was held out: no heading without its table
     assert script("crate.report", *flags)[0] == 0
     assert (tmp_path / "r" / "REPORT.md").read_text() == text
 
