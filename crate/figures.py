@@ -16,6 +16,7 @@ COLOURS = {
     "crate-fix": "#E69F00", "crate-identity": "#56B4E9", "crate-e": "#000000", "vit": "#F0E442",
 }  # fmt: skip
 GREY = "#555555"
+MOST_BYTES = 200_000  # of a PNG in all its colours
 
 
 def canvas(rows=1, columns=1, width=4.2, height=3.2, **settings):
@@ -29,9 +30,10 @@ def save(figure, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     buffer = BytesIO()
     figure.savefig(buffer, dpi=120)
-    Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(
-        path, optimize=True
-    )  # a third of the size, to the eye the same
+    if buffer.tell() < MOST_BYTES:
+        Path(path).write_bytes(buffer.getvalue())
+    else:  # in 256 colours it is a third of the size
+        Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)
     figure.set_layout_engine("none")  # it is laid out, and that takes most of the time
     figure.savefig(Path(path).with_suffix(".pdf"), metadata={"CreationDate": None})
 

@@ -115,7 +115,7 @@ def test_regularisation_claims():
         ("crate-c", None): [90, 91, 92], ("crate-c", "last"): [92.0, 93.1, 93.9], ("crate-c", "random"): [91, 91, 91],
         ("crate-c", "1"): [95, 96, 95.5], ("crate-n", None): [89, 90.2, 91.1],
         ("crate-t", None): [95, 95.5, 96], ("crate", None): [96, 97, 97],
-        ("crate", "last"): [96, 98, 96],
+        ("crate", "last"): [96, 98, 96], ("crate-e", None): [95, 96.1, 97.2],
     }  # fmt: skip
 
     def accuracy(model, layer=None, among_layers=False):
@@ -128,4 +128,5 @@ def test_regularisation_claims():
     assert find(result, "nearer")[1] == ((190 - 90 - 96) + (191 - 91 - 97) + (192 - 92 - 97)) / 3
     assert find(result, "fixed layer") == ("holds", (2.5 + 3.55 + 3.7) / 3)
     assert find(result, "Shallower") == ("holds", (3 + 2.9 + 1.6) / 3)
-    assert len(result) == 6
+    assert find(result, "exact gradient") == ("holds", 5.1)
+    assert len(result) == 7
