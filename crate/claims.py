@@ -17,7 +17,7 @@ NORM_MEASURES = (
 
 
 def verdict(low, high, side):
-    """ "holds", "contradicted" or "undecided": the interval [low, high] of a number claimed to be > 0 (side +1) or < 0 (-1)."""
+    """Return "holds", "contradicted" or "undecided" for the interval of a number claimed to be > 0 (side +1) or < 0 (-1)."""
     if side < 0:
         low, high = -high, -low
     return "holds" if low > 0 else "contradicted" if high < 0 else "undecided"
@@ -95,7 +95,7 @@ def layer_claims(layers):
 
 
 def operator_claims(operators):
-    """What compresses, from rows {model, seed, epoch, layer, point, rate_subspaces} at the last epoch (crate.srr.POINTS)."""
+    """What compresses, from rows {model, seed, epoch, layer, point, rate_subspaces} at the last epoch (operator_rates)."""
     last = max((row["epoch"] for row in operators), default=0)
     rates = {}  # {model: {seed: {point: [R^c by layer]}}}
     for row in operators:

@@ -90,18 +90,19 @@ def values_of(rows, axis):
     return sorted({row[axis] for row in rows}, key=float)
 
 
+def held_out(rows, model, axis, value):
+    """{seed: accuracy in % on held-out training images} with `value` of `axis`."""
+    shares = [share for share in values_of(rows, "hold_out") if float(share)]
+    return {seed: a for h in shares for seed, a in accuracies(rows, model, hold_out=h, **{axis: value}).items()}
+
+
 def chosen(rows, model, axis):
     """The value of `axis` (srr_reg, weight_decay or dropout) with the best mean accuracy on held-out training images, as text.
 
     The smallest of the best; the paper's 0.001 for srr_reg, and None for the others, where nothing was held out.
     """
-    held = {
-        v: accuracies(rows, model, hold_out=h, **{axis: v})
-        for v in values_of(rows, axis)
-        for h in values_of(rows, "hold_out")
-        if float(h)
-    }
-    held = {v: np.mean(list(by_seed.values())) for v, by_seed in held.items() if by_seed and float(v)}
+    held = {v: list(held_out(rows, model, axis, v).values()) for v in values_of(rows, axis) if float(v)}
+    held = {v: np.mean(accuracy) for v, accuracy in held.items() if accuracy}
     return max(held, key=held.get) if held else "0.001" if axis == "srr_reg" else None
 
 
@@ -117,16 +118,11 @@ def spread(values):
 
 def paired(with_srr, without):
     """Mean difference over the seeds that both have, with its 95 % t interval, as text."""
-    from scipy.stats import ttest_rel
-
     seeds = sorted(with_srr.keys() & without.keys())
     if not seeds:
         return "-"
-    a, b = np.array([with_srr[s] for s in seeds]), np.array([without[s] for s in seeds])
-    if len(seeds) == 1 or np.ptp(a - b) == 0:
-        return f"{np.mean(a - b):+.2f}"
-    interval = ttest_rel(a, b).confidence_interval()
-    return f"{np.mean(a - b):+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+    mean, low, high = claims.interval([with_srr[seed] - without[seed] for seed in seeds])
+    return f"{mean:+.2f}" + f" [{low:+.2f}, {high:+.2f}]" * bool(low < high)
 
 
 def names(rows):
@@ -153,13 +149,7 @@ def table_choices(rows, axis, name):
     for model in names(rows):
         plain, best = accuracies(rows, model), chosen(rows, model, axis)
         for value in values_of(rows, axis):
-            held = {
-                seed: a
-                for h in values_of(rows, "hold_out")
-                if float(h)
-                for seed, a in accuracies(rows, model, hold_out=h, **{axis: value}).items()
-            }
-            full = accuracies(rows, model, **{axis: value})
+            held, full = held_out(rows, model, axis, value), accuracies(rows, model, **{axis: value})
             if held and full:
                 difference = paired(full, plain) if float(value) else ""
                 lines.append(

@@ -40,7 +40,7 @@ def resolve_device(name):
 
 
 def resolve_amp(amp, device):
-    """ "off", "bf16" or "fp16" for the flag's value. Raises InputError where the device can't multiply in that type."""
+    """Return "off", "bf16" or "fp16" for the flag's value. Raises InputError where the device can't multiply in that type."""
     if amp == "auto":
         amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
     if amp != "off":
@@ -118,7 +118,7 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.step, self.train_loss = state["epoch"], state["step"], state["train_loss"]
-            self.rows = state["rows"]
+            self.rows, self.hardest_first = state["rows"], state["hardest_first"]
         else:
             save_checkpoint(self.folder / "init.pt", {"model": self.model.state_dict()})
             self.log(time.perf_counter())
@@ -129,6 +129,7 @@ class Run:
         state = {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "epoch": self.epoch, "step": self.step, "train_loss": self.train_loss, "rows": self.rows,
+            "hardest_first": self.hardest_first,
         }  # fmt: skip
         save_checkpoint(self.folder / "last.pt", state)
 
@@ -177,9 +178,8 @@ class Run:
         """One epoch, or its part up to the stopping criterion; nothing in it waits for the device but that criterion."""
         started, config = time.perf_counter(), self.config
         self.epoch += 1
-        torch.manual_seed(
-            mixed_seed(DROPOUT, config["seed"], self.epoch)
-        )  # dropout and random layers are functions of (seed, epoch)
+        # Dropout and random layers are functions of (seed, epoch).
+        torch.manual_seed(mixed_seed(DROPOUT, config["seed"], self.epoch))
         layers = srr_layers(config["srr_layer"], config["depth"], self.steps_per_epoch)
         checks = next(n for below, n in CHECKS_PER_EPOCH if self.train_loss < below or below == math.inf)
         check_at = {math.ceil(self.steps_per_epoch * (i + 1) / checks) for i in range(checks)}
