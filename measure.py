@@ -157,7 +157,7 @@ def main():
                 write_csv(layers_out, [line for name in sorted(layers) for line in layers[name]])
             write_csv(out, [dict.fromkeys(COLUMNS, "") | rows[name] for name in sorted(rows)])
             tqdm.write(f"{row['run']}: {seconds:.1f} s" + (f", doubtful: {row['flags']}" if row["flags"] else ""))
-    return 1 if failures else 0
+    return 2 if failures else 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ case ${JOBS:-1} in *[!0-9]* | 0) echo "run_all.sh: error: JOBS=$JOBS: must be a 
 
 # The running Python if it has what requirements.txt names, else .venv, made on first use.
 python=${PYTHON:-python3}
-modules="torch torchvision numpy scipy matplotlib tqdm pytest"
+modules="torch torchvision numpy scipy matplotlib tqdm pytest hypothesis"
 has() { "$1" - $modules <<<'import importlib.util, sys; sys.exit(any(importlib.util.find_spec(m) is None for m in sys.argv[1:]))' 2>/dev/null; }
 if ! has "$python"; then
   if ! has .venv/bin/python; then

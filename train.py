@@ -4,17 +4,22 @@
     python train.py --model crate-c crate-n --seed 0 1 2      six models: the Cartesian product
     python train.py --stop-at-loss 0.01 --schedule constant   stop as Section 5 does
 
-Every run has its own folder below --out. Finished runs are skipped, unfinished ones go on after their last epoch.
+    torchrun --nproc-per-node 2 train.py --model crate-c      each model on two processes or GPUs
+    python train.py --status runs/laptop                      what is finished, running, failed, missing
+
+Every run has its own folder below --out. Finished runs are skipped, unfinished ones go on after their last epoch or, stopped
+by SIGINT or SIGTERM, after their last step.
 """
 
-import itertools
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 
-from crate.cli import InputError, Parser, cores, number, output_folder, run
+from crate.cli import InputError, Parser, cores, number, one_line, output_folder, run
 from crate.config import DATASETS, DEFAULTS, PRESETS, VARIANT_TABLE
 from crate.parallel import gpus_of, parallel
+from crate.runs import AXES, check_config, expand, status
 
 
 def parse_arguments():
@@ -62,57 +67,54 @@ def parse_arguments():
     add("--temperature", choices=("sqrt-p", "none"), help="of the trained models' softmax (default: sqrt-p, as released)")
     add("--log-srr-every", type=number(int, 0), metavar="EPOCHS", help="log layer-wise SRR; 0: never")
     add("--seed", type=number(int, 0), help="one or more", **several)
+    add(
+        "--save-every",
+        type=number(float, 0),
+        default=10.0,
+        metavar="SECONDS",
+        help="save after an epoch if the last time is so long ago; 0: after each (default: 10)",
+    )
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where present)")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA, off on CPU")
     add("--compile", action="store_true", help="torch.compile each layer")
     add("--out", help="folder of the run folders (default: runs/PRESET)")
     add("--shard", default="1/1", metavar="i/n", help="run only every n-th run, starting with the i-th")
     add("--jobs", type=positive, default=1, help="runs at the same time, each in its own process (default: 1)")
+    add("--status", metavar="FOLDER", help="print the state of every run of the sweeps in FOLDER, and train nothing")
     return parser.parse_args()
-
-
-def run_name(config):
-    """The run folder's name: every flag that may take several values."""
-    name = "{model}_d{width}_L{depth}_b{batch_size}_lr{lr:g}_p{dropout:g}".format(**config)
-    name += (f"_wd{config['weight_decay']:g}" if config["weight_decay"] else "") + (
-        f"_hold{config['hold_out']:g}" if config["hold_out"] else ""
-    )
-    if config["srr_reg"]:
-        name += "_eta{srr_reg:g}_{srr_layer}".format(**config) + "_l1" * (config["srr_sparsity"] == "l1")
-    return name + f"_s{config['seed']}" + (f"_stop{config['stop_at_loss']:g}" if config["stop_at_loss"] else "")
 
 
 def resolve(arguments, torch):
     """The preset's name and the configs of all runs, {name: config}, in every detail that config.json shows."""
+    from crate.distributed import LOCAL_RANK, WORLD
     from crate.model import model_from_config
     from crate.provenance import provenance
     from crate.training import resolve_amp, resolve_device
 
-    preset = arguments.preset
+    preset, cuda = arguments.preset, torch.cuda.is_available()
     if preset == "auto":
-        preset = "paper" if torch.cuda.is_available() else "laptop"
-    device = resolve_device(arguments.device)
+        preset = "paper" if cuda else "laptop"
+    device = arguments.device
+    if WORLD > 1 and cuda and device in ("auto", "cuda"):
+        device = f"cuda:{LOCAL_RANK}"
+    device = resolve_device(device)
     flags = {key: value for key, value in vars(arguments).items() if key in DEFAULTS and value is not None}
     base = {"preset": preset, **DEFAULTS, **PRESETS[preset], **flags}
     base |= {"data_dir": arguments.data_dir, "device": str(device), "amp": resolve_amp(arguments.amp, device)}
-    base |= {"compile": arguments.compile, **provenance()}
+    base |= {"compile": arguments.compile, "save_every": arguments.save_every, "processes": WORLD, **provenance()}
     base["command"] = shlex.join(["python", "train.py", *sys.argv[1:]])
     native_size, base["channels"], base["classes"] = DATASETS[base["dataset"]]
     base["image_size"] = base["image_size"] or native_size
 
-    axes = ("width", "batch_size", "lr", "dropout", "weight_decay", "depth", "model", "srr_reg", "srr_layer", "seed")
-    values = [base[axis] if isinstance(base[axis], list) else [base[axis]] for axis in axes]
-    configs = {}
-    for combination in itertools.product(*values):
-        config = base | dict(zip(axes, combination))
-        layer, depth = config["srr_layer"], config["depth"]
-        if layer not in ("last", "all", "random") and not (layer.isdecimal() and 1 <= int(layer) <= depth):
-            raise InputError(f"--srr-layer {layer}: must be last, all, random or a layer from 1 to {depth}")
+    sweep = {axis: base[axis] if isinstance(base[axis], list) else [base[axis]] for axis in AXES}
+    for layer in sweep["srr_layer"]:
+        least = min(sweep["depth"])
+        if layer not in ("last", "all", "random") and not (layer.isdecimal() and 1 <= int(layer) <= least):
+            raise InputError(f"--srr-layer {layer}: must be last, all, random or a layer from 1 to {least}")
+    configs = expand(base, sweep)
+    for config in configs.values():
         with torch.device("meta"):
             config["parameters"] = sum(p.numel() for p in model_from_config(config).parameters())
-        if not config["srr_reg"]:  # the run is the same whatever its SRR flags say
-            config |= {"srr_layer": DEFAULTS["srr_layer"], "srr_sparsity": DEFAULTS["srr_sparsity"]}
-        configs[run_name(config)] = config
     return preset, configs
 
 
@@ -125,14 +127,27 @@ def train_one(config, folder, threads, show_progress):
     torch.set_num_threads(threads)
     try:
         return folder.name, train(config, folder, show_progress), None
-    except InputError as error:
-        return folder.name, None, str(error)
     except (ValueError, RuntimeError, OSError) as error:
-        return folder.name, None, f"{folder}: {' '.join(str(error).split())}"
+        return folder.name, None, one_line(error) if str(folder) in one_line(error) else f"{folder}: {one_line(error)}"
+
+
+def print_status(folder):
+    """The table of --status, and one line that counts the states."""
+    if not Path(folder).is_dir():
+        raise InputError(f"--status {folder}: no such folder; name one that --out had")
+    runs = status(folder)
+    width = max((len(name) for name, _, _ in runs), default=0)
+    for name, state, remark in runs:
+        print(f"{name:{width}}  {state:10}  {remark}")
+    counts = Counter(state for _, state, _ in runs)
+    states = ("finished", "running", "unfinished", "failed", "missing")
+    print(f"{len(runs)} runs: " + ", ".join(f"{counts[state]} {state}" for state in states))
 
 
 def main():
     arguments = parse_arguments()
+    if arguments.status:
+        return print_status(arguments.status)
     try:
         shard, shards = map(int, arguments.shard.split("/"))
         if not 1 <= shard <= shards:
@@ -143,9 +158,13 @@ def main():
     import torch
     from tqdm import tqdm
 
+    from crate import distributed
     from crate.data import data_of
-    from crate.training import check_config
+    from crate.distributed import RANK, WORLD
 
+    if WORLD > 1 and arguments.jobs > 1:
+        raise InputError("--jobs: torchrun runs one model at a time on all its processes; leave --jobs out")
+    distributed.start()
     preset, configs = resolve(arguments, torch)
     out = output_folder(arguments.out or Path("runs") / preset)
     configs = dict(list(configs.items())[shard - 1 :: shards])
@@ -153,33 +172,38 @@ def main():
         raise InputError(f"--shard {arguments.shard}: there are fewer runs than shards")
     for name, config in configs.items():
         check_config(config, out / name)
-    pending = {name: config for name, config in configs.items() if not (out / name / "result.json").exists()}
+    finished = distributed.agree([name for name in configs if (out / name / "result.json").exists()])
+    pending = {name: config for name, config in configs.items() if name not in finished}
     first = next(iter(configs.values()))
-    print(
-        f"preset {preset}: {first['dataset']}, K = {first['heads']}, on {first['device']}; "
-        f"{len(configs)} runs in {out}, {len(configs) - len(pending)} finished"
-    )
-    if pending:  # once for all: a missing data set is reported at once, and downloads don't collide
-        data_of(first)
+    if RANK == 0:
+        print(
+            f"preset {preset}: {first['dataset']}, K = {first['heads']}, on {first['device']}"
+            + f" and {WORLD - 1} other processes" * (WORLD > 1)
+            + f"; {len(configs)} runs in {out}, {len(finished)} finished"
+        )
+        if pending:  # once for all: a missing data set is reported at once, and downloads don't collide
+            data_of(first)
+    distributed.agree(None)
     jobs = min(arguments.jobs, max(len(pending), 1))
-    threads = max(1, cores() // jobs)
+    threads = max(1, cores() // (jobs * distributed.LOCAL_WORLD))
     # The largest models first: a long run that starts last would leave the other processes idle.
     order = sorted(pending, key=lambda name: -pending[name]["parameters"] / pending[name]["batch_size"])
-    tasks = [(pending[name], out / name, threads, jobs == 1) for name in order]
+    tasks = [(pending[name], out / name, threads, jobs == 1 and RANK == 0) for name in order]
     failures = 0
-    with tqdm(
-        total=len(configs), initial=len(configs) - len(pending), desc="runs", unit="run", disable=len(configs) == 1
-    ) as bar:
+    with tqdm(total=len(configs), initial=len(finished), desc="runs", unit="run", disable=len(configs) == 1 or RANK > 0) as bar:
         for name, result, error in parallel(train_one, tasks, jobs, gpus_of(first["device"], torch.cuda.device_count())):
+            if error and WORLD > 1:  # the other processes may not have it, and would wait
+                raise InputError(error)
             if error:
                 failures += 1
                 tqdm.write(f"train.py: error: {error}", file=sys.stderr)
-            else:
+            elif RANK == 0:
                 tqdm.write(
                     f"{name}: {result['epochs']} epochs, train loss {result['train_loss']:.4f}, val loss "
                     f"{result['val_loss']:.4f}, val accuracy {100 * result['val_accuracy']:.2f} %, {result['seconds']:.0f} s"
                 )
             bar.update()
+    distributed.end()
     return 2 if failures else 0
 
 

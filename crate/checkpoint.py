@@ -1,6 +1,6 @@
 """Checkpoints: atomic save, checked load."""
 
-import pickle
+import io
 import zipfile
 from pathlib import Path
 
@@ -9,35 +9,53 @@ import torch
 from crate.cli import InputError
 from crate.files import atomic_write, read_json
 from crate.model import model_from_config
+from crate.runs import identity
 
 
 def save_checkpoint(path, content):
-    """Write `content` (tensors and plain types) to `path`: the old file stays until the new one is whole."""
-    atomic_write(path, lambda stream: torch.save(content, stream))
+    """Write `content` (a dict of tensors and plain types) to `path`: the old file stays until the new one is whole."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    atomic_write(path, buffer.getvalue())
 
 
 def load_checkpoint(path, device="cpu"):
-    """What save_checkpoint wrote. Raises InputError where the file is missing, truncated or foreign."""
+    """What save_checkpoint wrote. Raises InputError where the file is missing, damaged or foreign.
+
+    The file is a zip archive with a CRC-32 of each of its parts; torch.load doesn't compare them, so it is done here.
+    """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with open(path, "rb") as stream:
+            if zipfile.is_zipfile(stream) and zipfile.ZipFile(stream).testzip():
+                raise zipfile.BadZipFile
+            stream.seek(0)
+            content = torch.load(stream, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file")
     except PermissionError:
         raise
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise InputError(f"{path}: truncated or not a checkpoint ({type(error).__name__}); delete it to start the run again")
+    except Exception as error:  # whatever zipfile and the unpickler make of arbitrary bytes
+        raise InputError(f"{path}: damaged or not a checkpoint ({type(error).__name__}); delete it to start the run again")
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a checkpoint of this project: it holds no dict")
     return content
 
 
-def load_weights(model, path, device="cpu"):
-    """Load the entry "model" of the checkpoint `path` into `model`. Returns the checkpoint; raises InputError."""
+def load_weights(model, path, config, device="cpu"):
+    """Load the entry "model" of a run's checkpoint `path` into `model`. Returns the checkpoint.
+
+    Raises InputError where it is broken or belongs to another run than that of `config`.
+    """
     content = load_checkpoint(path, device)
     try:
+        there, here = content["config"], identity(config)
+        for key in sorted(there.keys() | here.keys()):
+            if there.get(key) != here.get(key):
+                other = f"{there.get(key)} in it but {here.get(key)} in config.json"
+                raise InputError(f"{path}: {key} is {other}: one of them is of another run, or was changed; restore it")
         model.load_state_dict(content["model"])
     except (KeyError, RuntimeError, TypeError, AttributeError):
-        raise InputError(f"{path}: its weights don't fit the model in config.json")
+        raise InputError(f"{path}: not a checkpoint of this run; delete it to start the run again")
     return content
 
 
@@ -49,5 +67,5 @@ def load_run(folder, device="cpu"):
         model = model_from_config(config)
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / 'config.json'}: {error} is missing or malformed")
-    load_weights(model, folder / "last.pt", device)
+    load_weights(model, folder / "last.pt", config, device)
     return config, model.to(device).eval()

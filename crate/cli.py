@@ -1,4 +1,4 @@
-"""What the scripts share: one-line errors with exit code 2, checked numbers, output folders.
+"""What the scripts share: one-line errors with exit code 2, signals, checked numbers, output folders.
 
 Imports no torch, so that `--help` and every complaint about a flag answer at once.
 """
@@ -6,7 +6,10 @@ Imports no torch, so that `--help` and every complaint about a flag answer at on
 import argparse
 import math
 import os
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -29,21 +32,61 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def run(main):
-    """Call `main()`; turn an InputError or a failed file operation into one line on stderr and exit code 2."""
+class Interrupted(KeyboardInterrupt):
+    """A SIGINT or SIGTERM, `signal`, that came at a moment where nothing was lost by it."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+def _interrupt(number, frame):
+    raise Interrupted(number)
+
+
+@contextmanager
+def deferred_signals():
+    """Hold back SIGINT and SIGTERM: yields the list of those that came, and raises Interrupted at the end if there are any."""
+    received, previous = [], {}
+    if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, lambda number, frame: received.append(number))
     try:
-        sys.exit(main())
-    except InputError as error:
-        message = str(error)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        message = f"{error.filename}: {error.strerror}"
-    except KeyboardInterrupt:
-        print("\ninterrupted: run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received:
+        raise Interrupted(received[0])
+
+
+def one_line(error):
+    """An exception's message, in one line; that of a failed file operation names the file."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def run(main):
+    """Call `main()` and exit: with code 2 and one line on stderr for an InputError or a failed file operation, with 130 or
+    143 and a line for SIGINT or SIGTERM."""
+    name = Path(sys.argv[0]).name
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code, message = main(), None
+    except BrokenPipeError:  # `train.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code, message = 128 + signal.SIGPIPE, None
+    except (InputError, OSError) as error:
+        code, message = 2, f"error: {one_line(error)}"
+    except KeyboardInterrupt as error:
+        number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
+        code, message = 128 + number, f"stopped by {number.name}; run the same command again to go on"
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if message:
+        print(f"{name}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def number(kind, low=-math.inf, high=math.inf, *, above=-math.inf, below=math.inf):

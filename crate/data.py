@@ -8,6 +8,7 @@ import functools
 import gzip
 import hashlib
 import io
+import signal
 import zlib
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from crate.cli import InputError, cores
 from crate.config import DATASETS
+from crate.distributed import RANK, WORLD
 
 DIGITS = Path(__file__).with_name("digits.npz")
 DIGITS_SHA256 = "5fe13e34b3dd716db1281d456700d350f8628ee754b9c493869f197171b85f4b"
@@ -166,10 +168,11 @@ def epoch_order(examples, seed, epoch):
     return torch.randperm(examples, generator=torch.Generator().manual_seed(mixed_seed(ORDER, seed, epoch)))
 
 
-def batches(data, batch_size, seed, epoch):
-    """An epoch's (images, labels), normalised, without augmentation: index selections on the device."""
+def batches(data, batch_size, seed, epoch, start=0):
+    """An epoch's (images, labels) from batch `start` on, this rank's share of each: normalised, without augmentation."""
     order = epoch_order(len(data.train_labels), seed, epoch).to(data.train_labels.device, non_blocking=True)
-    for index in order.split(batch_size):
+    for index in order.split(batch_size)[start:]:
+        index = index[RANK::WORLD]
         yield data.resize(data.train_images[index]), data.train_labels[index]
 
 
@@ -179,19 +182,25 @@ class _Augmentation(torch.utils.data.Dataset):
     def __init__(self, images, size):
         from torchvision.transforms import v2
 
-        self.images = images
+        self.images, self.size = images, size
         crop = v2.RandomResizedCrop(size, antialias=True)
         self.transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.RandAugment(num_ops=2, magnitude=14)])
 
     def __getitem__(self, item):
-        """(seed, indices) -> images (b, C, size, size) uint8, indices (b,). Runs in a worker."""
-        seed, index = item
-        torch.manual_seed(seed)  # a batch depends neither on the number of workers nor on the batches before it
-        return torch.stack([self.transform(self.images[i]) for i in index]), index
+        """(seed, epoch, indices) -> images (b, C, size, size) uint8, indices (b,). Runs in a worker."""
+        seed, epoch, index = item
+        images = torch.empty(len(index), len(self.images[0]), self.size, self.size, dtype=torch.uint8)
+        for image, i in zip(images, index.tolist()):
+            # An image depends on (seed, epoch) alone: not on the workers, the ranks, the batch or where an epoch was resumed.
+            torch.manual_seed(mixed_seed(AUGMENTATION, seed, epoch, i))
+            image[:] = self.transform(self.images[i])
+        return images, index
 
 
-def _one_thread(worker):
+def _start_worker(worker):
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):  # may be sent to all; the training process decides
+        signal.signal(number, signal.SIG_IGN)
 
 
 class AugmentedBatches:
@@ -199,17 +208,18 @@ class AugmentedBatches:
 
     def __init__(self, data, batch_size, seed):
         self.data, self.batch_size, self.seed = data, batch_size, seed
-        self.plan = []  # (seed, indices) of every batch of the coming epoch: what the loader samples
+        self.plan = []  # (seed, epoch, indices) of every batch of the coming epoch: what the loader samples
         self.loader = torch.utils.data.DataLoader(
             _Augmentation(data.raw_train_images, data.image_size), batch_size=None, sampler=self.plan,
             num_workers=min(8, max(1, cores() - 1)), persistent_workers=True,
-            pin_memory=data.train_labels.is_cuda, worker_init_fn=_one_thread,
+            pin_memory=data.train_labels.is_cuda, worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else the first epoch would draw from the generator that dropout uses
         )  # fmt: skip
 
-    def epoch(self, epoch):
+    def epoch(self, epoch, start=0):
+        """As `batches`."""
         order = epoch_order(len(self.data.train_labels), self.seed, epoch).split(self.batch_size)
-        self.plan[:] = [(mixed_seed(AUGMENTATION, self.seed, epoch, batch), index) for batch, index in enumerate(order)]
+        self.plan[:] = [(self.seed, epoch, index[RANK::WORLD]) for index in order[start:]]
         device = self.data.train_labels.device
         for images, index in self.loader:
             images, index = images.to(device, non_blocking=True), index.to(device, non_blocking=True)

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -12,22 +13,24 @@ from pathlib import Path
 from crate.cli import InputError
 
 
-def atomic_write(path, write):
-    """Call `write(stream)` on a binary temporary file beside `path`, flush it to disk, then rename it to `path`."""
+def atomic_write(path, content):
+    """Write bytes to a temporary file beside `path`, flush it to disk, then rename it. Raises OSError that names `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as stream:
-            write(stream)
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # of a full disk, for one, which names no file
+        raise OSError(error.errno, error.strerror, str(path))
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
-    atomic_write(path, lambda stream: stream.write(text.encode()))
+    atomic_write(path, text.encode())
 
 
 def write_json(path, value):
@@ -36,17 +39,39 @@ def write_json(path, value):
 
 @contextmanager
 def locked(folder):
-    """Hold `folder` for this process alone; the lock ends with the process, however it ends. Raises InputError."""
-    with open(Path(folder) / ".lock", "a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            raise InputError(f"{folder}: another process works on it ({stream.read().strip()}); wait or stop it")
+    """Hold `folder` for this process alone. Raises InputError where another holds it, on this machine or, where the file
+    system is shared, on another.
+
+    A POSIX lock: it ends with the process, however that ends, and workers forked from the process don't inherit it.
+    """
+    path = Path(folder) / ".lock"
+    with open(path, "a+") as stream:
+        for attempt in range(10):  # `lock_holder` may have it for an instant
+            try:
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                time.sleep(0.05)
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror}; name an --out on a file system that can lock files")
+        else:
+            raise InputError(f"{folder}: another process works on it ({path.read_text().strip()}); wait or stop it")
         stream.truncate(0)
         stream.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
         stream.flush()
         yield
+
+
+def lock_holder(folder):
+    """Who holds `folder` ("host .., process .."), or None."""
+    try:
+        with open(Path(folder) / ".lock") as stream:
+            try:
+                fcntl.lockf(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                return stream.read().strip()
+    except FileNotFoundError:
+        return None
 
 
 def read_json(path):
@@ -55,7 +80,7 @@ def read_json(path):
         value = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file")
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})")
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from crate.checkpoint import load_checkpoint, load_run, load_weights
 from crate.cli import InputError
 from crate.data import data_of, load_data
-from crate.files import read_json
 from crate.model import from_released_crate
+from crate.runs import finished_run
 from crate.srr import evaluating, layer_srr
 from crate.training import evaluate
 
@@ -382,8 +382,8 @@ def measure_run(path, *, groups, images, device="cpu", data_dir=None, heads=None
     else:
         config, model = load_run(path, device)
         initial = copy.deepcopy(model)
-        load_weights(initial, path / "init.pt", device)
-        result = read_json(path / "result.json")
+        load_weights(initial, path / "init.pt", config, device)
+        _, result = finished_run(path)
         if not all(p.isfinite().all() for p in model.parameters()):
             raise InputError(f"{path / 'last.pt'}: its weights are not finite")
         missing = {"dataset", "image_size", "train_subset", "hold_out", "data_dir"} - config.keys()

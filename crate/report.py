@@ -13,7 +13,8 @@ import numpy as np
 from crate import claims
 from crate.cli import InputError, Parser, output_folder, run
 from crate.config import DATASETS, DEFAULTS, PRESETS, VARIANT_TABLE
-from crate.files import markdown_table, read_csv, read_json, write_csv, write_text
+from crate.files import markdown_table, read_csv, write_csv, write_text
+from crate.runs import finished_run
 
 COLUMNS = (*DEFAULTS, "preset", "device", "amp", "parameters", "commit", "command")
 VARIED = ("srr_reg", "srr_layer", "srr_sparsity", "weight_decay", "dropout", "hold_out", "depth")  # by the tables' comparisons
@@ -35,7 +36,7 @@ def collect(runs, results):
     """Write runs.csv (a row per finished run), layers.csv (layer-wise SRR by epoch) and operators.csv from the run folders."""
     rows, layers, operators = [], [], []
     for path in sorted(Path(runs).glob("*/result.json")):
-        config, result = read_json(path.with_name("config.json")), read_json(path)
+        config, result = finished_run(path.parent)
         row = {"run": path.parent.name} | {key: config.get(key, "") for key in COLUMNS}
         row["max_epochs"] = row.pop("epochs")
         row |= {key: result[key] for key in RESULTS} | {"torch": config["versions"]["torch"]}

@@ -3,25 +3,29 @@
 import functools
 import json
 import math
+import signal
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from crate import distributed
 from crate.checkpoint import load_weights, save_checkpoint
-from crate.cli import InputError
+from crate.cli import InputError, Interrupted, deferred_signals, one_line
 from crate.data import DROPOUT, AugmentedBatches, batches, data_of, mixed_seed
-from crate.files import locked, read_json, write_json, write_text
+from crate.distributed import RANK, WORLD
+from crate.files import locked, write_json, write_text
 from crate.model import model_from_config
+from crate.runs import check_config, config_sha256, finished_run, identity
 from crate.srr import add_srr_gradients, layer_srr, operator_rates
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SRR_IMAGES = 512  # layer-wise SRR is logged on the first so many training and validation images
 # Below a loss of x the stopping criterion is checked n times an epoch, so that fast runs don't overshoot (RGM's rule).
 CHECKS_PER_EPOCH = ((0.015, 8), (0.025, 4), (0.05, 2), (math.inf, 1))
-FREE_TO_CHANGE = {"device", "data_dir", "versions", "commit", "command"}  # may differ between a run and its resumption
 
 
 def learning_rate(step, total_steps, initial, schedule):
@@ -64,10 +68,10 @@ def evaluate(model, data, images, labels, chunk=256):
     """Mean cross-entropy and accuracy in eval mode and full precision, un-augmented: two floats, one synchronisation."""
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=labels.device)
-    for part, truth in zip(images.split(chunk), labels.split(chunk)):
+    for part, truth in zip(images[RANK::WORLD].split(chunk), labels[RANK::WORLD].split(chunk)):
         logits = model(data.resize(part))
         sums += torch.stack([F.cross_entropy(logits.double(), truth, reduction="sum"), (logits.argmax(1) == truth).sum()])
-    loss, accuracy = (sums / len(labels)).tolist()
+    loss, accuracy = (distributed.total(sums) / len(labels)).tolist()
     return loss, accuracy
 
 
@@ -91,6 +95,7 @@ class Run:
         self.train_loss = math.inf  # cross-entropy over the training set at the last check of the stopping criterion
         self.hardest_first = torch.arange(len(self.data.train_labels), device=self.device)  # by the last check's losses
         self.rows = []  # of log.jsonl
+        self.partial = None  # of an epoch that a signal interrupted: what to go on from
         self.steps_per_epoch = math.ceil(len(self.data.train_labels) / config["batch_size"])
         self.total_steps = config["epochs"] * self.steps_per_epoch
         if config["compile"]:
@@ -110,28 +115,36 @@ class Run:
         target = self.config["stop_at_loss"]
         return None if target is None else self.train_loss < target
 
+    @property
+    def finished(self):
+        return not self.partial and (self.epoch >= self.config["epochs"] or bool(self.reached_target))
+
     def start(self):
         """Resume from last.pt, or begin: init.pt, and layer-wise SRR at initialisation."""
         last = self.folder / "last.pt"
-        if last.exists():
-            state = load_weights(self.model, last, self.device)
+        if distributed.agree(last.exists()):
+            state = load_weights(self.model, last, self.config, self.device)
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.step, self.train_loss = state["epoch"], state["step"], state["train_loss"]
-            self.rows, self.hardest_first = state["rows"], state["hardest_first"]
+            self.rows, self.hardest_first, self.partial = state["rows"], state["hardest_first"], state["partial"]
         else:
-            save_checkpoint(self.folder / "init.pt", {"model": self.model.state_dict()})
+            self.write("init.pt", {"model": self.model.state_dict()})
             self.log(time.perf_counter())
-        # A kill between logging and saving leaves a row too many: the checkpoint's rows are the log.
-        write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        if RANK == 0:  # a kill between logging and saving leaves a row too many: the checkpoint's rows are the log
+            write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def save(self):
         state = {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "epoch": self.epoch, "step": self.step, "train_loss": self.train_loss, "rows": self.rows,
-            "hardest_first": self.hardest_first,
+            "hardest_first": self.hardest_first, "partial": self.partial,
         }  # fmt: skip
-        save_checkpoint(self.folder / "last.pt", state)
+        self.write("last.pt", state)
+
+    def write(self, name, content):
+        if RANK == 0:
+            save_checkpoint(self.folder / name, content | {"config": identity(self.config)})
 
     def log(self, started, **training):
         """Append the epoch's row: validation loss and accuracy, layer-wise SRR if it is due, seconds since `started`."""
@@ -140,7 +153,7 @@ class Run:
             self.fail(self.step, f"the validation loss is {loss}")
         row = {"epoch": self.epoch, "step": self.step, **training, "val_loss": loss, "val_accuracy": accuracy}
         every = self.config["log_srr_every"]
-        if every and (self.epoch % every == 0 or self.epoch == self.config["epochs"]):
+        if RANK == 0 and every and (self.epoch % every == 0 or self.epoch == self.config["epochs"]):
             train, val = (self.data.resize(x[:SRR_IMAGES]) for x in (self.data.train_images, self.data.val_images))
             coefficients = self.config["srr_lambda"], self.config["srr_gamma"]
             row["srr"], row["srr_val"] = (layer_srr(self.model, images, *coefficients) for images in (train, val))
@@ -148,49 +161,80 @@ class Run:
                 row["operators"] = operator_rates(self.model, train, *coefficients)
         row["seconds"] = round(time.perf_counter() - started, 3)
         self.rows.append(row)
-        with open(self.folder / "log.jsonl", "a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        if RANK == 0:
+            with open(self.folder / "log.jsonl", "a") as stream:
+                stream.write(json.dumps(row) + "\n")
 
-    def train_step(self, images, labels, layers):
-        """One step of Adam on cross-entropy + eta SRR (Eq. 14). Returns loss, number correct and SRR, on the device."""
+    def gradients(self, images, labels, layers, share):
+        """Gradients of cross-entropy + eta SRR (Eq. 14), both times `share`: this rank's part of the batch.
+
+        Returns loss, number correct and SRR on the device, the means times `share`.
+        """
         config, model = self.config, self.model
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.total_steps, config["lr"], config["schedule"])
-        self.optimizer.zero_grad()
+        if not share:  # a batch of fewer images than ranks
+            return torch.zeros(3, device=self.device)
         with torch.autocast(self.device.type, AMP_DTYPES.get(config["amp"]), enabled=config["amp"] != "off"):
             logits, outputs = model.forward_with_outputs(images) if config["srr_reg"] else (model(images), None)
             loss = F.cross_entropy(logits, labels)
         srr = loss.new_zeros(())
         if config["srr_reg"]:
-            weight = self.scaler.scale(torch.ones_like(srr)) * config["srr_reg"]
+            weight = self.scaler.scale(torch.ones_like(srr)) * config["srr_reg"] * share
             coefficients = config["srr_lambda"], config["srr_gamma"]
             srr = add_srr_gradients(model, outputs, layers, weight, *coefficients, norm=config["srr_sparsity"])
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss * share).backward()
+        return torch.stack([loss.detach() * share, (logits.detach().argmax(1) == labels).sum(), srr * share])
+
+    def train_step(self, images, labels, layers, share=1.0):
+        """One step of Adam on Eq. 14. Returns what `gradients` returns."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.total_steps, config["lr"], config["schedule"])
+        self.optimizer.zero_grad()
+        result = self.gradients(images, labels, layers, share)
+        distributed.sum_gradients(self.model.parameters())
         if config["clip_norm"] is not None:
             self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip_norm"])
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config["clip_norm"])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
-        return loss.detach(), (logits.detach().argmax(1) == labels).sum(), srr
+        return result
 
-    def train_epoch(self, bar):
-        """One epoch, or its part up to the stopping criterion; nothing in it waits for the device but that criterion."""
-        started, config = time.perf_counter(), self.config
-        self.epoch += 1
-        # Dropout and random layers are functions of (seed, epoch).
+    def random_state(self):
+        states = [torch.get_rng_state()]
+        return states + [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else states
+
+    def train_epoch(self, bar, stop=()):
+        """One epoch, or what is left of it, or its part up to the stopping criterion, or, where `stop` fills, to the next step.
+
+        Returns whether it was stopped. Nothing in it waits for the device but the stopping criterion.
+        """
+        started, config, size = time.perf_counter(), self.config, self.config["batch_size"]
+        if self.partial is None:
+            self.epoch += 1
+            checks = next(n for below, n in CHECKS_PER_EPOCH if self.train_loss < below or below == math.inf)
+            partial = {"checks": checks, "steps": [], "seconds": 0.0}
+        else:
+            partial, self.partial = self.partial, None
+        # Dropout and random layers are functions of (seed, epoch), dropout of the rank too.
         torch.manual_seed(mixed_seed(DROPOUT, config["seed"], self.epoch))
         layers = srr_layers(config["srr_layer"], config["depth"], self.steps_per_epoch)
-        checks = next(n for below, n in CHECKS_PER_EPOCH if self.train_loss < below or below == math.inf)
-        check_at = {math.ceil(self.steps_per_epoch * (i + 1) / checks) for i in range(checks)}
+        if "random" in partial:
+            cpu, *cuda = (state.cpu() for state in partial["random"][RANK])
+            torch.set_rng_state(cpu)
+            for state in cuda:
+                torch.cuda.set_rng_state(state, self.device)
+        elif RANK:
+            torch.manual_seed(mixed_seed(DROPOUT, config["seed"], self.epoch, RANK))
+        check_at = {math.ceil(self.steps_per_epoch * (i + 1) / partial["checks"]) for i in range(partial["checks"])}
         self.model.train()
-        steps, examples = [], 0
-        for i, (images, labels) in enumerate(self.batches(self.epoch)):
+        steps = [step * (RANK == 0) for step in partial["steps"]]  # sums over the ranks
+        stopped, total = False, len(self.data.train_labels)
+        for i, (images, labels) in enumerate(self.batches(self.epoch, len(steps)), len(steps)):
             try:
-                steps.append(torch.stack(self.train_step(images, labels, layers[i])))
+                steps.append(self.train_step(images, labels, layers[i], len(labels) / min(size, total - i * size)))
             except ValueError as error:  # from the coding rates
                 self.fail(self.step + 1, error)
-            examples += len(labels)
             bar.update()
             if config["stop_at_loss"] is not None and i + 1 in check_at:
                 # How far above the target it is matters at the epoch's end alone, and up to 0.05: that decides the checks.
@@ -199,17 +243,27 @@ class Run:
                 self.model.train()
                 if self.reached_target:
                     break
-        losses, correct, srr = torch.stack(steps).double().cpu().T
+            stopped = distributed.anywhere(bool(stop))
+            if stopped:
+                break
+        sums = distributed.total(torch.stack(steps))
+        losses, correct, srr = sums.double().cpu().T
         finite = (losses + srr).isfinite()
         if not finite.all():
             i = int(finite.logical_not().nonzero()[0])
             self.fail(self.step - len(steps) + i + 1, f"the loss is {losses[i] + srr[i]}")
-        means = {"train_loss": losses.mean().item(), "train_accuracy": correct.sum().item() / examples}
+        if stopped and len(steps) < self.steps_per_epoch:
+            random = distributed.gather(self.random_state())
+            seconds = partial["seconds"] + time.perf_counter() - started
+            self.partial = partial | {"steps": sums, "random": random, "seconds": seconds}
+            return True
+        means = {"train_loss": losses.mean().item(), "train_accuracy": correct.sum().item() / min(total, len(steps) * size)}
         if config["srr_reg"]:
             means["train_srr"] = srr.mean().item()
         lr = self.optimizer.param_groups[0]["lr"]
-        self.log(started, **means, lr=lr)
+        self.log(started - partial["seconds"], **means, lr=lr)
         bar.set_postfix(loss=f"{means['train_loss']:.4f}", val=f"{100 * self.rows[-1]['val_accuracy']:.1f}%")
+        return stopped
 
     @torch.no_grad()
     def training_loss(self, enough, chunk=256):
@@ -221,8 +275,10 @@ class Run:
         self.model.eval()
         total, losses = 0.0, []
         for index in self.hardest_first.split(chunk):
-            logits = self.model(self.data.resize(self.data.train_images[index]))
-            losses.append(F.cross_entropy(logits.double(), self.data.train_labels[index], reduction="none"))
+            part, mine = torch.zeros(len(index), dtype=torch.float64, device=self.device), index[RANK::WORLD]
+            logits = self.model(self.data.resize(self.data.train_images[mine]))
+            part[RANK::WORLD] = F.cross_entropy(logits.double(), self.data.train_labels[mine], reduction="none")
+            losses.append(distributed.total(part))
             total += losses[-1].sum().item() / len(self.hardest_first)
             if total >= enough:
                 break
@@ -241,43 +297,47 @@ class Run:
             "reached_target": self.reached_target, "epochs": self.epoch, "steps": self.step,
             "train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy,
             "gap": val_loss - train_loss, "gap_accuracy": train_accuracy - val_accuracy,
-            "seconds": round(sum(row["seconds"] for row in self.rows), 3),
+            "seconds": round(sum(row["seconds"] for row in self.rows), 3), "config_sha256": config_sha256(self.config),
         }  # fmt: skip
-        write_json(self.folder / "result.json", result)
+        if RANK == 0:
+            write_json(self.folder / "result.json", result)
         return result
-
-
-def check_config(config, folder):
-    """Raise InputError where `folder` holds a run with other settings than `config`."""
-    path = Path(folder) / "config.json"
-    if path.exists():
-        there = read_json(path)
-        for key in config.keys() - FREE_TO_CHANGE:
-            if there.get(key) != config[key]:
-                flag = "--" + key.replace("_", "-")
-                raise InputError(f"{path}: {key} is {there.get(key)} there but {config[key]} now; match {flag} or change --out")
 
 
 def train(config, folder, show_progress=True):
     """Train the run that `config` describes in `folder`, from where it stands. Returns its result (of result.json).
 
     Raises InputError where the folder holds another run or is in use, a checkpoint can't be read, or the loss is not
-    finite (naming epoch and step; the last finished epoch stays saved).
+    finite (naming epoch and step; the last saved epoch stays), and leaves the reason in error.txt. Raises
+    Interrupted on SIGINT and SIGTERM, after the step that they came in has been saved.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with deferred_signals() as stop, locked(folder) if RANK == 0 else nullcontext():
         check_config(config, folder)
-        if (folder / "result.json").exists():
-            return read_json(folder / "result.json")
-        if not (folder / "config.json").exists():
-            write_json(folder / "config.json", config)
-        run = Run(config, folder)
-        run.start()
-        with tqdm(
-            total=run.total_steps, initial=run.step, desc=folder.name, unit="step", disable=not show_progress, leave=False
-        ) as bar:
-            while run.epoch < config["epochs"] and not run.reached_target:
-                run.train_epoch(bar)
-                run.save()
-        return run.finish()
+        if distributed.agree((folder / "result.json").exists()):
+            return finished_run(folder)[1]
+        if RANK == 0:
+            for leftover in [folder / "error.txt", *folder.glob(".*.tmp")]:
+                leftover.unlink(missing_ok=True)
+            if not (folder / "config.json").exists():
+                write_json(folder / "config.json", config)
+        try:
+            run = Run(config, folder)
+            run.start()
+            with tqdm(
+                total=run.total_steps, initial=run.step, desc=folder.name, unit="step", disable=not show_progress, leave=False
+            ) as bar:
+                saved = time.monotonic()
+                while not run.finished:
+                    stopped = run.train_epoch(bar, stop)
+                    if stopped or run.finished or time.monotonic() >= saved + config["save_every"]:
+                        run.save()
+                        saved = time.monotonic()
+                    if stopped:
+                        raise Interrupted(stop[0] if stop else signal.SIGTERM)  # that another rank got
+            return run.finish()
+        except (ValueError, RuntimeError, OSError) as error:
+            with suppress(OSError):
+                write_text(folder / "error.txt", one_line(error) + "\n")
+            raise

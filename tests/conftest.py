@@ -1,4 +1,4 @@
-"""Shared by the tests: running a script as its user would, but in this process, and small training configs."""
+"""Shared by the tests: running a script as its user would, but in this process, and the table of faults."""
 
 import importlib
 import sys
@@ -8,6 +8,7 @@ import torch
 
 from crate.cli import run
 from crate.data import load_data
+from crate.files import markdown_table
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 
@@ -17,6 +18,30 @@ def fresh_data():
     """Data sets are loaded once a process; tests that change their files need them loaded again."""
     yield
     load_data.cache_clear()
+
+
+FAULTS = pytest.StashKey()
+
+
+def pytest_configure(config):
+    config.stash[FAULTS] = {}
+
+
+@pytest.fixture
+def faults(request):
+    """faults(fault, tries, outcome): to be called once the outcome has been seen; a row of the table at the end."""
+
+    def add(fault, tries, outcome):
+        rows = request.config.stash[FAULTS]
+        rows[fault, outcome] = rows.get((fault, outcome), 0) + tries
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.option.markexpr == "faults":
+        rows = [(fault, tries, outcome) for (fault, outcome), tries in config.stash[FAULTS].items()]
+        terminalreporter.write("\n" + markdown_table(("fault", "tries", "outcome"), rows))
 
 
 def run_script(monkeypatch, name, *arguments):

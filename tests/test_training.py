@@ -5,7 +5,6 @@ import math
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,14 @@ from crate import training
 from crate.checkpoint import load_checkpoint
 from crate.cli import InputError
 from crate.config import DATASETS, DEFAULTS
+from crate.files import lock_holder
+from crate.runs import run_name
 from crate.training import Run, learning_rate, resolve_amp, srr_layers, train
 from tests.conftest import assert_refused
+from tests.processes import wait_until
 
 SMALL = ("--width", 12, "--heads", 3, "--depth", 2, "--patch-size", 4, "--epochs", 2, "--batch-size", 100)
-SMALL += ("--train-subset", 250, "--device", "cpu")
+SMALL += ("--train-subset", 250, "--device", "cpu", "--save-every", 0)
 
 
 def config(**changes):
@@ -29,7 +31,7 @@ def config(**changes):
         dataset="digits", patch_size=4, image_size=size, channels=channels, classes=classes, width=12, heads=3, depth=2
     )
     base |= dict(epochs=3, batch_size=100, train_subset=250, lr=1e-2, dropout=0.1, srr_reg=1e-3, srr_layer="random")
-    return base | dict(log_srr_every=2, data_dir="data", device="cpu", amp="off", compile=False) | changes
+    return base | dict(log_srr_every=2, data_dir="data", device="cpu", amp="off", compile=False, save_every=0) | changes
 
 
 def log(folder):
@@ -91,6 +93,14 @@ def test_resumed_run_repeats_the_uninterrupted_one(tmp_path, changes, monkeypatc
     assert saves == [1, 2]
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("save_every, epochs", [(0, [1, 2, 3]), (1e9, [3])])
+def test_save_every(tmp_path, monkeypatch, save_every, epochs):
+    real, saved = Run.save, []
+    monkeypatch.setattr(Run, "save", lambda self: (real(self), saved.append(self.epoch)))
+    train(config(save_every=save_every), tmp_path, False)
+    assert saved == epochs
 
 
 def test_log_rows_and_result(tmp_path):
@@ -157,8 +167,8 @@ def test_evaluation_and_the_training_loss_agree(tmp_path):
 def test_non_finite_loss_names_epoch_and_step_and_keeps_the_last_epoch(tmp_path, monkeypatch):
     real = Run.train_step
 
-    def poisoned(self, images, labels, layers):
-        return real(self, images * math.nan if self.step == 4 else images, labels, layers)
+    def poisoned(self, images, *rest):
+        return real(self, images * math.nan if self.step == 4 else images, *rest)
 
     monkeypatch.setattr(Run, "train_step", poisoned)
     with pytest.raises(InputError, match=r"epoch 2, step 5: the loss is nan"):
@@ -171,8 +181,8 @@ def test_non_finite_loss_names_epoch_and_step_and_keeps_the_last_epoch(tmp_path,
 def test_weights_that_diverge_at_the_last_step_are_not_saved(tmp_path, monkeypatch):
     real = Run.train_step
 
-    def poisoned(self, images, labels, layers):
-        losses = real(self, images, labels, layers)
+    def poisoned(self, images, *rest):
+        losses = real(self, images, *rest)
         if self.step == 6:  # the losses of the epoch are finite, what comes after isn't
             self.model.cls_token.data.fill_(math.nan)
         return losses
@@ -266,21 +276,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     parent.kill()
     parent.wait()
 
-    def free(folder):
-        try:
-            with training.locked(folder):
-                return True
-        except InputError:
-            return False
-
-    wait_until(lambda: all(free(folder) for folder in tmp_path.iterdir()))
-
-
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(lambda: not any(map(lock_holder, tmp_path.iterdir())))
 
 
 def test_config_holds_every_flag(script, tmp_path):
@@ -292,8 +288,6 @@ def test_config_holds_every_flag(script, tmp_path):
 
 
 def test_every_run_of_a_grid_has_a_name_of_its_own():
-    from train import run_name
-
     base = DEFAULTS | {"srr_reg": 0.1}
     changes = dict(model="vit", width=12, depth=3, batch_size=7, lr=0.5, dropout=0.2, weight_decay=0.1)
     changes |= dict(srr_reg=0.2, srr_layer="all", srr_sparsity="l1", seed=5, hold_out=0.3, stop_at_loss=0.1)
@@ -355,11 +349,6 @@ def test_broken_checkpoint(script, tmp_path, content):
     last.write_bytes(content)
     assert_refused(script("train", *SMALL, "--out", tmp_path), "last.pt")
     assert last.read_bytes() == content
-
-
-def test_folder_in_use(tmp_path):
-    with training.locked(tmp_path), pytest.raises(InputError, match="another process"):
-        train(config(), tmp_path, False)
 
 
 def test_one_failing_run_does_not_stop_the_others(script, tmp_path):

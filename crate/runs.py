@@ -1,0 +1,105 @@
+"""Run folders: their names, what makes two runs the same, what state each is in. No torch.
+
+A folder holds config.json, init.pt, log.jsonl (a row per epoch), last.pt, .lock (its holder, while it runs),
+error.txt (the last failure, until the run is started again) and result.json, written last: without it a run is unfinished.
+"""
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+
+from crate.cli import InputError
+from crate.config import DEFAULTS
+from crate.files import lock_holder, read_json
+
+# The flags of train.py that take several values; a sweep is their Cartesian product.
+AXES = ("width", "batch_size", "lr", "dropout", "weight_decay", "depth", "model", "srr_reg", "srr_layer", "seed")
+FREE_TO_CHANGE = {"device", "data_dir", "save_every", "versions", "commit", "command", "sweep"}  # between a run and its resumption
+
+
+def run_name(config):
+    """The run folder's name: every flag that may take several values."""
+    name = "{model}_d{width}_L{depth}_b{batch_size}_lr{lr:g}_p{dropout:g}".format(**config)
+    name += (f"_wd{config['weight_decay']:g}" if config["weight_decay"] else "") + (
+        f"_hold{config['hold_out']:g}" if config["hold_out"] else ""
+    )
+    if config["srr_reg"]:
+        name += "_eta{srr_reg:g}_{srr_layer}".format(**config) + "_l1" * (config["srr_sparsity"] == "l1")
+    return name + f"_s{config['seed']}" + (f"_stop{config['stop_at_loss']:g}" if config["stop_at_loss"] else "")
+
+
+def expand(base, sweep):
+    """The configs of a sweep, {name: config}. sweep: the values of each of AXES; base: everything else."""
+    configs = {}
+    for combination in itertools.product(*(sweep[axis] for axis in AXES)):
+        config = base | dict(zip(AXES, combination)) | {"sweep": sweep}
+        if not config["srr_reg"]:  # the run is the same whatever its SRR flags say
+            config |= {"srr_layer": DEFAULTS["srr_layer"], "srr_sparsity": DEFAULTS["srr_sparsity"]}
+        if configs.setdefault(run_name(config), config) != config:
+            raise InputError(f"{run_name(config)}: two runs of the sweep have this name; their values are too close")
+    return configs
+
+
+def identity(config):
+    """The part of a config that the run's result depends on."""
+    return {key: value for key, value in config.items() if key not in FREE_TO_CHANGE}
+
+
+def config_sha256(config):
+    """What result.json repeats of the config that the run was trained with."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
+
+
+def finished_run(folder):
+    """config.json and result.json. Raises InputError where either is missing or malformed, or the config was changed."""
+    config, result = (read_json(Path(folder) / name) for name in ("config.json", "result.json"))
+    if result.get("config_sha256", config_sha256(config)) != config_sha256(config):
+        raise InputError(f"{folder}/config.json: not what this run was trained with; restore it, or delete the folder")
+    return config, result
+
+
+def check_config(config, folder):
+    """Raise InputError where `folder` holds a run with other settings than `config`."""
+    path = Path(folder) / "config.json"
+    if path.exists():
+        there, now = identity(read_json(path)), identity(config)
+        for key in sorted(there.keys() | now.keys()):
+            if there.get(key) != now.get(key):
+                flag = "--nproc-per-node" if key == "processes" else "--" + key.replace("_", "-")
+                raise InputError(
+                    f"{path}: {key} is {there.get(key)} there but {now.get(key)} now; match {flag} or change --out"
+                )
+
+
+def state(folder):
+    """A run's state, and what there is to say of it: ("finished" | "running" | "failed" | "unfinished", str)."""
+    try:
+        if (folder / "result.json").exists():
+            _, result = finished_run(folder)
+            return "finished", "{epochs} epochs, val accuracy {:.2%}, {seconds:.0f} s".format(result["val_accuracy"], **result)
+        log = folder / "log.jsonl"
+        epoch = log.read_text().count("\n") - 1 if log.exists() else 0  # the first row is that of epoch 0
+        progress = f"{max(epoch, 0)} of {read_json(folder / 'config.json')['epochs']} epochs"
+        if holder := lock_holder(folder):
+            return "running", f"{progress}; {holder}"
+        if (folder / "error.txt").exists():
+            return "failed", f"{progress}; {(folder / 'error.txt').read_text().strip()}"
+        return "unfinished", progress
+    except (InputError, OSError, KeyError) as error:
+        return "failed", " ".join(str(error).split())
+
+
+def status(out):
+    """[(run, state, remark)] of all runs in the folder `out`, those of its sweeps that nobody has started yet among them."""
+    folders = {path.parent.name: path.parent for path in Path(out).glob("*/config.json")}
+    sweeps = {}
+    for folder in folders.values():
+        try:
+            config = read_json(folder / "config.json")
+            rest = {key: value for key, value in identity(config).items() if key not in (*AXES, "parameters")}
+            sweeps[json.dumps([rest, config["sweep"]], sort_keys=True)] = config
+        except (InputError, KeyError):  # `state` says so
+            pass
+    names = set(folders).union(*(expand(config, config["sweep"]) for config in sweeps.values()))
+    return [(name, *state(folders[name])) if name in folders else (name, "missing", "") for name in sorted(names)]

@@ -1,0 +1,163 @@
+"""Real processes for the tests of faults: scripts started as a user would, in children that are forked from a server which
+has torch loaded, so that each starts in a tenth of a second and can be killed."""
+
+import importlib
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from crate import data, training
+from crate.cli import run
+
+torch.set_num_threads(1)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pytest", "tests.processes", "train", "measure", "crate.measures"])
+
+
+def _child(script, arguments, output, fault):
+    os.setsid()  # a group of its own: a signal can be sent to it and its workers together
+    stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    for standard in (1, 2):
+        os.dup2(stream, standard)
+    os.sched_getaffinity = lambda pid: {0}  # one thread
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = [f"{script}.py", *map(str, arguments)]
+    if fault:
+        fault()
+    run(importlib.import_module(script).main)
+
+
+class Script:
+    """A started script; `fault` is called in its process before it begins."""
+
+    def __init__(self, script, *arguments, output, fault=None):
+        self.output = Path(output)
+        self.process = CONTEXT.Process(target=_child, args=(script, arguments, str(output), fault))
+        self.process.start()
+
+    def kill(self, number=signal.SIGKILL, group=False):
+        try:
+            (os.killpg if group else os.kill)(self.process.pid, number)
+        except ProcessLookupError:
+            pass
+
+    def wait(self, seconds=60):
+        """Exit code, standard output and error. A process that does not end is a failure."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"a hang: not ended after {seconds} s: {self.text()}")
+        return self.process.exitcode, self.text()
+
+    def text(self):
+        return self.output.read_text() if self.output.exists() else ""
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# Faults, as classes because they travel to another process.
+
+
+class KillAtWrite:
+    """The n-th write of a file ends in SIGKILL: half written, whole but not renamed, or just renamed."""
+
+    def __init__(self, n, point):
+        self.left, self.point = n, point
+
+    def __call__(self):
+        fsync, replace = os.fsync, os.replace
+
+        def die():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def fsync_or_die(descriptor):
+            self.left -= 1
+            if self.left == 0 and self.point == "half":
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+                die()
+            fsync(descriptor)
+
+        def replace_or_die(source, target):
+            if self.left == 0 and self.point == "before":
+                die()
+            replace(source, target)
+            if self.left == 0:
+                die()
+
+        os.fsync, os.replace = fsync_or_die, replace_or_die
+
+
+class FileSizeLimit:
+    """No file may grow beyond so many bytes, as on a disk that is full."""
+
+    def __init__(self, limit):
+        self.limit = limit
+
+    def __call__(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.limit))
+
+
+class Unprivileged:
+    """As a user whom file permissions bind: root isn't."""
+
+    def __call__(self):
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+
+
+class NanInBatch:
+    """The images of training step n are not numbers."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __call__(self):
+        real = training.Run.train_step
+
+        def step(run, images, *rest):
+            return real(run, images * (float("nan") if run.step + 1 == self.n else 1.0), *rest)
+
+        training.Run.train_step = step
+
+
+class DyingLoader:
+    """The process that augments images dies at its n-th batch."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __call__(self):
+        real = data._Augmentation.__getitem__
+
+        def item(augmentation, index):
+            self.n -= 1
+            if self.n == 0:
+                os._exit(1)
+            return real(augmentation, index)
+
+        data._Augmentation.__getitem__ = item
+
+
+class WildClock:
+    """The time of day jumps by years, back and forth."""
+
+    def __call__(self):
+        jumps = [1e9, -1e9, 5e8, 0.0]
+        real = time.time
+
+        def jumping():
+            jumps.append(jumps.pop(0))
+            return real() + jumps[0]
+
+        time.time = jumping

@@ -1,0 +1,105 @@
+"""torchrun: one model on several processes gives the model that one process gives."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from crate.checkpoint import load_checkpoint
+from crate.runs import finished_run, status
+from tests.processes import wait_until
+from tests.test_faults import ROOT, SMALL, outcome
+
+pytestmark = pytest.mark.faults
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def start(out, *flags, launcher=TORCHRUN):
+    stream = open(Path(out).with_suffix(".txt"), "w")
+    command = [*launcher, "train.py", *SMALL, *flags, "--out", out]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=stream, stderr=stream, env=environment)
+
+
+def text_of(out):
+    return Path(out).with_suffix(".txt").read_text()
+
+
+def test_weights_equal_those_of_one_process(tmp_path, faults):
+    # Batches of 50, 50, 50, 50 and 1: at the last one, a rank has no image.
+    sweep = ("--model", "crate-c", "crate-e", "crate-fix", "vit", "--srr-reg", 0, 0.01, "--srr-layer", "random", "--epochs", 2)
+    sweep += ("--train-subset", 201, "--clip-norm", 5.0, "--lr", 2e-3)
+    for name, flags in {
+        "sweep": sweep,
+        "augmented": ("--augment", "basic", "--epochs", 2, "--srr-reg", 0.01),
+        "stopping": ("--stop-at-loss", 1.5, "--schedule", "constant", "--epochs", 60, "--lr", 1e-2),
+    }.items():
+        two, one = start(tmp_path / f"{name}-2", *flags), start(tmp_path / f"{name}-1", *flags, launcher=(sys.executable,))
+        assert (two.wait(120), one.wait(120)) == (0, 0), text_of(tmp_path / f"{name}-2") + text_of(tmp_path / f"{name}-1")
+        folders = sorted(path.parent for path in tmp_path.glob(f"{name}-1/*/result.json"))
+        assert len(folders) == (8 if name == "sweep" else 1)
+        for folder in folders:
+            other = tmp_path / f"{name}-2" / folder.name
+            a, b = (load_checkpoint(path / "last.pt") for path in (folder, other))
+            assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
+            for key, weight in a["model"].items():
+                torch.testing.assert_close(
+                    b["model"][key], weight, rtol=0, atol=1e-5, msg=lambda m: f"{folder.name} {key}: {m}"
+                )
+            (_, result), (_, result2) = finished_run(folder), finished_run(other)
+            for key in ("train_loss", "val_loss", "train_accuracy", "val_accuracy"):
+                assert result2[key] == pytest.approx(result[key], abs=1e-4)
+            for row, row2 in zip(a["rows"], b["rows"], strict=True):
+                assert row.keys() == row2.keys()
+                assert {k: v for k, v in row2.items() if isinstance(v, float) and k != "seconds"} == pytest.approx(
+                    {k: v for k, v in row.items() if isinstance(v, float) and k != "seconds"}, abs=2e-3
+                )
+            faults("two processes for a model, instead of one", 1, "weights equal to 1e-5")
+
+
+def children(pid):
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+
+
+def test_a_rank_dies_and_the_job_is_resumed(tmp_path, faults):
+    flags = ("--epochs", 60, "--dropout", 0.1, "--srr-reg", 0.01, "--srr-layer", "random", "--log-srr-every", 0)
+    whole = start(tmp_path / "whole", *flags)
+    assert whole.wait(120) == 0, text_of(tmp_path / "whole")
+    for rank in (0, 1):
+        job = start(tmp_path / "cut", *flags)
+        wait_until(lambda: list(tmp_path.glob("cut/*/last.pt")) and len(children(job.pid)) == 2)
+        time.sleep(0.5)
+        os.kill(sorted(children(job.pid))[rank], signal.SIGKILL)
+        assert job.wait(60) != 0
+        faults("a rank dies", 1, "the job ends with an error; resumed, bit for bit the same")
+    job = start(tmp_path / "cut", *flags)
+    wait_until(lambda: len(children(job.pid)) == 2)
+    time.sleep(8)  # torch is loaded, and the run goes on
+    if job.poll() is None:
+        job.terminate()
+        job.wait(60)
+        assert "stopped by SIGTERM" in text_of(tmp_path / "cut") or status(tmp_path / "cut")[0][1] == "finished"
+    job = start(tmp_path / "cut", *flags)
+    assert job.wait(120) == 0, text_of(tmp_path / "cut")
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    faults("SIGTERM to torchrun", 1, "all ranks save the same step; resumed, bit for bit the same")
+
+
+def test_other_number_of_processes_is_refused(tmp_path):
+    """Dropout draws other masks on two processes than on one."""
+    assert start(tmp_path / "out", "--epochs", 1, launcher=(sys.executable,)).wait(60) == 0
+    for path in tmp_path.glob("out/*/result.json"):
+        path.unlink()
+    assert start(tmp_path / "out", "--epochs", 1).wait(60) != 0
+    assert "processes is 1 there but 2 now; match --nproc-per-node" in text_of(tmp_path / "out")
+
+
+def test_jobs_and_torchrun(tmp_path):
+    assert start(tmp_path / "out", "--jobs", 2).wait(60) != 0
+    assert "--jobs: torchrun" in text_of(tmp_path / "out")
