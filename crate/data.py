@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import signal
+import sys
 import zlib
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -213,6 +214,7 @@ class AugmentedBatches:
             _Augmentation(data.raw_train_images, data.image_size), batch_size=None, sampler=self.plan,
             num_workers=min(8, max(1, cores() - 1)), persistent_workers=True,
             pin_memory=data.train_labels.is_cuda, worker_init_fn=_start_worker,
+            multiprocessing_context="fork" if sys.platform == "linux" else None,
             generator=torch.Generator(),  # else the first epoch would draw from the generator that dropout uses
         )  # fmt: skip
 

@@ -9,6 +9,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 
+from tqdm import tqdm
+
 from crate.cli import InputError
 
 
@@ -25,10 +27,10 @@ def parallel(function, tasks, jobs, gpus=()):
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     left, deaths = list(tasks), 0
     while left:
-        queue = context.Queue()
+        queue = context.Queue() if gpus else None
         for job in range(jobs if gpus else 0):
             queue.put(gpus[job % len(gpus)])
-        with ProcessPoolExecutor(jobs, context, _start, (queue if gpus else None,)) as pool:
+        with ProcessPoolExecutor(jobs, context, _start, (queue,)) as pool:
             try:
                 futures = {}
                 with suppress(BrokenProcessPool):
@@ -63,6 +65,7 @@ def _call(function, task):
 def _start(gpus):
     """In a new worker: take a GPU, and see to it that the worker ends with its parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is ended would leave behind
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -338,6 +338,8 @@ def train(config, folder, show_progress=True):
                         raise Interrupted(stop[0] if stop else signal.SIGTERM)  # that another rank got
             return run.finish()
         except (ValueError, RuntimeError, OSError) as error:
+            if stop:  # the same signal may have ended a worker before it could ignore it
+                raise Interrupted(stop[0])
             with suppress(OSError):
                 write_text(folder / "error.txt", one_line(error) + "\n")
             raise

@@ -187,7 +187,7 @@ def test_killed_process_of_a_sweep(tmp_path, faults):
     faults("a process of a sweep killed", 1, "its run went on in a new one, bit for bit the same")
 
 
-@pytest.mark.parametrize("limit, file", [(10, "config.json"), (4000, "init.pt"), (40_000, "last.pt")])
+@pytest.mark.parametrize("limit, file", [(1000, "config.json"), (4000, "init.pt"), (40_000, "last.pt")])
 def test_disk_full(tmp_path, whole, limit, file, faults):
     flags = ("--epochs", 2, *SRR)
     expected, _ = whole(*flags)
@@ -204,10 +204,6 @@ def test_read_only_folder(tmp_path, whole, what, faults):
     expected, _ = whole(*flags)
     out = tmp_path / "runs"
     out.mkdir()
-    (tmp_path / "text").touch()
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
     code, text = Script("train", *SMALL, *flags, "--out", out, output=tmp_path / "text", fault=KillAtWrite(4, "after")).wait()
     (folder,) = out.iterdir()
     locked_folder = out if what == "out" else folder
@@ -333,9 +329,10 @@ def test_config_edited_by_hand(tmp_path, finished, script, faults):
     for text in ("", "{", "[1]", "[" * 100_000, "\0"):
         (folder / "config.json").write_text(text)
         assert_refused(script("train", *SMALL, "--epochs", 1, "--out", tmp_path / "runs"), "config.json")
-        assert_refused(script("measure", tmp_path / "runs", "--groups", "norms", "--out", tmp_path / "m.csv"), "config.json")
+        code, _, error = script("measure", tmp_path / "runs", "--groups", "norms", "--out", tmp_path / "m.csv")
+        assert code == 2 and "config.json" in error and "Traceback" not in error
         tries += 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.csv", "runs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.csv", "runs"]  # nothing elsewhere
     faults("config.json edited by hand", tries, "refused, names the setting")
 
 
