@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def cores():
@@ -61,10 +61,10 @@ def deferred_signals():
 
 
 def one_line(error):
-    """An exception's message, in one line; that of a failed file operation names the file."""
+    """An exception or a message, in one line; that of a failed file operation names the file."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        error = f"{error.filename}: {error.strerror}"
+    return " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
 
 
 def run(main):
