@@ -39,7 +39,7 @@ def main():
     from crate.compression import RULES, compress
     from crate.files import write_csv
     from crate.rates import log_approximations
-    from crate.report import attention_table
+    from crate.tables import attention_table
 
     settings = {name: getattr(arguments, name) for name in ("tokens", "depth", "width", "heads", "alpha", "gamma", "scale")}
     settings["dtype"] = getattr(torch, arguments.dtype)

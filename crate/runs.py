@@ -15,7 +15,15 @@ from crate.files import lock_holder, read_json
 
 # The flags of train.py that take several values; a sweep is their Cartesian product.
 AXES = ("width", "batch_size", "lr", "dropout", "weight_decay", "depth", "model", "srr_reg", "srr_layer", "seed")
-FREE_TO_CHANGE = {"device", "data_dir", "save_every", "versions", "commit", "command", "sweep"}  # between a run and its resumption
+FREE_TO_CHANGE = {
+    "device",
+    "data_dir",
+    "save_every",
+    "versions",
+    "commit",
+    "command",
+    "sweep",
+}  # between a run and its resumption
 
 
 def run_name(config):

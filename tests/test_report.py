@@ -6,7 +6,7 @@ import statistics
 import pytest
 from scipy import stats
 
-from crate import report
+from crate import report, tables
 from crate.config import DEFAULTS, PRESETS
 from crate.files import read_csv
 from tests.conftest import assert_refused, run_script
@@ -30,7 +30,7 @@ def test_table_2_pairs_by_seed():
     rows = [row(seed=s, val_accuracy=a) for s, a in enumerate(plain)]
     rows += [row(seed=s, val_accuracy=a, srr_reg=0.001) for s, a in reversed(list(enumerate(srr)))]
     rows += [row(seed=9, val_accuracy=0.1, srr_reg=0.001, srr_layer="1")]  # another layer belongs to Table 6
-    (line,) = cells(report.table_2(rows))[2:]
+    (line,) = cells(tables.table_2(rows))[2:]
     interval = stats.t.interval(0.95, 2, 2, statistics.stdev([3, 1, 2]) / 3**0.5)
     assert line[:2] == ["crate-c", "0.001"]
     assert line[2] == f"93.00 ± {100 * statistics.stdev(plain):.2f} (n = 3)" and line[3].startswith("95.00 ± ")
@@ -39,14 +39,14 @@ def test_table_2_pairs_by_seed():
 
 def test_table_3_counts_parameters_and_leaves_out_srr():
     rows = [row(model="crate", parameters=12345), row(model="crate-fix"), row(model="crate", srr_reg=0.1, val_accuracy=1)]
-    lines = cells(report.table_3(rows))[2:]
+    lines = cells(tables.table_3(rows))[2:]
     assert [line[0] for line in lines] == ["crate", "crate-fix"]
     assert lines[0][2:] == ["12,345", "50.00 (n = 1)"]
 
 
 def test_table_4_names_the_runs_that_missed():
     rows = [row(run=f"run{i}", lr=lr, reached_target=i != 1, gap=i, epochs=5) for i, lr in enumerate((0.001, 0.01, 0.001))]
-    text = report.table_4(rows)
+    text = tables.table_4(rows)
     table = dict(line[:2] for line in cells(text.split("\n\n")[0]))
     assert table["lr"] == "0.01, 0.001" or table["lr"] == "0.001, 0.01"
     assert table["runs"] == "3" and table["reached the target"] == "2"
@@ -56,7 +56,7 @@ def test_table_4_names_the_runs_that_missed():
 def test_table_6_orders_layers_and_compares_with_none():
     rows = [row(val_accuracy=0.5)]
     rows += [row(srr_reg=0.001, srr_layer=layer, val_accuracy=0.6) for layer in ("last", "2", "random", "10", "all")]
-    lines = cells(report.table_6(rows))[2:]
+    lines = cells(tables.table_6(rows))[2:]
     assert [line[1] for line in lines] == ["none", "2", "10", "all", "last", "random"]
     assert lines[1][2:] == ["l0", "0.001", "60.00 (n = 1)", "+10.00"]
 
@@ -75,15 +75,15 @@ def held_out_runs():
 
 def test_strengths_are_chosen_on_held_out_images():
     rows = held_out_runs()
-    chosen = [report.chosen(rows, "crate-c", axis) for axis in ("srr_reg", "weight_decay", "dropout")]
+    chosen = [tables.chosen(rows, "crate-c", axis) for axis in ("srr_reg", "weight_decay", "dropout")]
     assert chosen == ["0.01", "0.1", "0.2"]
-    assert report.chosen([row()], "crate-c", "srr_reg") == "0.001" and report.chosen([row()], "crate-c", "dropout") is None
-    (line,) = cells(report.table_2(rows))[2:]
+    assert tables.chosen([row()], "crate-c", "srr_reg") == "0.001" and tables.chosen([row()], "crate-c", "dropout") is None
+    (line,) = cells(tables.table_2(rows))[2:]
     assert line[1] == "0.01" and line[4].startswith("+5.00")
-    (line,) = cells(report.table_regularisers(rows))[2:]
+    (line,) = cells(tables.table_regularisers(rows))[2:]
     assert line[0] == "crate-c" and line[1].startswith("80.00")
     assert [cell.split(" [")[0] for cell in line[2:]] == ["0.01: +5.00", "0.1: +5.00", "0.2: +5.00"]
-    lines = cells(report.table_choices(rows, "srr_reg", "eta"))[2:]
+    lines = cells(tables.table_choices(rows, "srr_reg", "eta"))[2:]
     assert [line[1] for line in lines] == ["0.0", "0.001", "**0.01**"]
     assert [line[2].split()[0] for line in lines] == ["99.00", "70.00", "80.00"]
 
@@ -110,7 +110,7 @@ def test_table_of_matrices():
         {"run": "deep", "model": "crate", "srr": 99},
     ]
     rows = [row(run="v0", model="vit"), row(run="v1", model="vit"), row(run="c", model="crate")]
-    crate, vit = cells(report.table_matrices(measured, rows))[2:]
+    crate, vit = cells(tables.table_matrices(measured, rows))[2:]
     assert crate == ["crate", "3.00 (n = 1)", "-", "-"]
     assert vit[1:] == ["5.50 ± 0.71 (n = 2)", "7.00 ± 0.00 (n = 2)", "9.00 ± 0.00 (n = 2)"]
 
@@ -126,8 +126,8 @@ def test_only_runs_at_the_presets_settings_enter_the_tables():
         row(ista_beta=0.2),
     ]
     rows += [row(model="crate", srr_reg=0.1), row(seed=3, srr_layer="all", srr_reg=0.001), row(depth=2), row(dropout=0.1)]
-    assert report.at_preset(rows) == [rows[0], *rows[-4:]]
-    assert report.accuracies(rows, "crate-c") == {"0": 50.0}
+    assert tables.at_preset(rows) == [rows[0], *rows[-4:]]
+    assert tables.accuracies(rows, "crate-c") == {"0": 50.0}
 
 
 def test_attention_table():
@@ -136,7 +136,7 @@ def test_attention_table():
         {"rule": "exact", "seed": "0", "layer": 2, "before": 3.0, "after": 3.5, "overflow": False},
         {"rule": "exact", "seed": "0", "layer": 3, "before": 3.5, "after": None, "overflow": True},
     ]
-    line = next(line for line in cells(report.attention_table(rows)) if line[0].startswith("(a)"))
+    line = next(line for line in cells(tables.attention_table(rows)) if line[0].startswith("(a)"))
     assert line[1:] == ["4.00 (n = 1)", "3.00 (n = 1)", "3.50 (n = 1)", "1 of 2", "3"]
 
 
@@ -172,7 +172,7 @@ def test_report_is_rebuilt_from_its_tables_alone(runs, tmp_path, script, monkeyp
     preset = PRESETS["laptop"] | dict(
         width=12, heads=3, depth=2, epochs=2, patch_size=4, train_subset=200
     )  # what the tables select
-    monkeypatch.setitem(report.PRESETS, "laptop", preset)
+    monkeypatch.setitem(PRESETS, "laptop", preset)
     assert script("attention_only", "--tokens", 9, "--depth", 2, "--width", 12, "--heads", 3, "--out", tmp_path / "a")[0] == 0
     flags = ("--results", tmp_path / "r", "--attention", tmp_path / "a")
     assert script("crate.report", "--runs", runs, *flags)[0] == 0
