@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from crate.cli import InputError, Parser, number, output_folder, run
+from crate.cli import InputError, Parser, number, one_line, output_folder, run
 from crate.config import DATASETS
 from crate.files import read_csv, read_json, write_csv
 from crate.parallel import gpus_of, parallel
@@ -35,6 +35,7 @@ def parse_arguments():
     add("--jobs", type=number(int, 1), default=1, help="runs at the same time, each a process of one thread (default: 1)")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where present)")
     add("--data-dir", help="where data sets are (default: as the run says)")
+    add("--only", action="store_true", help="drop the rows of other runs than these from the table")
     add("--redo", action="store_true", help="measure again what the table holds already")
     add("--heads", type=number(int, 1), metavar="K", help="of a released checkpoint")
     add("--dataset", choices=tuple(DATASETS), help="of a released checkpoint")
@@ -101,8 +102,7 @@ def measure_one(path, options):
     try:
         row, layers = measure_run(path, **options)
     except (ValueError, RuntimeError, OSError) as error:
-        message = " ".join(str(error).split())
-        return None, [], 0, message if str(path) in message else f"{path}: {message}"
+        return None, [], 0, one_line(error) if str(path) in one_line(error) else f"{path}: {one_line(error)}"
     return row, layers, time.perf_counter() - began, None
 
 
@@ -116,6 +116,9 @@ def main():
     out = Path(arguments.out)
     layers_out = out.with_name(f"{out.stem}_layers.csv")
     rows, layers = read_tables(out, layers_out)
+    others = (rows.keys() | layers.keys()) - found.keys() if arguments.only else ()
+    for name in others:
+        rows.pop(name, None), layers.pop(name, None)
     output_folder(out.parent)
 
     import torch
@@ -143,6 +146,15 @@ def main():
     for name, path in pending.items():  # a row is replaced as a whole: what it has stays in it
         groups = [group for group in GROUPS if group in arguments.groups or rows.get(name, {}).get(GROUPS[group])]
         tasks.append((path, options | {"groups": groups}))
+
+    def write():
+        if any(layers.values()):
+            write_csv(layers_out, [line for name in sorted(layers) for line in layers[name]])
+        if rows:
+            write_csv(out, [dict.fromkeys(COLUMNS, "") | rows[name] for name in sorted(rows)])
+
+    if others:
+        write()
     jobs, gpus = min(arguments.jobs, len(tasks) or 1), gpus_of(device, torch.cuda.device_count())
     failures = 0
     with tqdm(total=len(pending), desc="models", unit="model") as bar:
@@ -153,9 +165,7 @@ def main():
                 tqdm.write(f"measure.py: error: {error}", file=sys.stderr)
                 continue
             rows[row["run"]], layers[row["run"]] = row, parts
-            if any(layers.values()):
-                write_csv(layers_out, [line for name in sorted(layers) for line in layers[name]])
-            write_csv(out, [dict.fromkeys(COLUMNS, "") | rows[name] for name in sorted(rows)])
+            write()
             tqdm.write(f"{row['run']}: {seconds:.1f} s" + (f", doubtful: {row['flags']}" if row["flags"] else ""))
     return 2 if failures else 0
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything, from nothing to REPORT.md:   bash run_all.sh             all stages
 #                                          bash run_all.sh test        one or more of them
+#                                          bash run_all.sh --dry-run   what stage train (or study) would take on an H100
 # Stages: setup attention train measure correlate report test, and, only when named, study: five seeds, regularisers at their
 # chosen strength, the models beyond the paper, depth. Each can be interrupted and run again.
 # PRESET=laptop|fashion|paper (default: paper where CUDA is present, else laptop)
@@ -8,10 +9,14 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-default="setup attention train measure correlate report test"
+default="setup attention train measure correlate report test" all="$default study" dry=""
+if [ "${1:-}" = --dry-run ]; then
+  shift
+  default=train all="train study" dry="--dry-run --amp bf16"
+fi
 stages=${*:-$default}
 for stage in $stages; do
-  case " $default study " in *" $stage "*) ;; *) echo "run_all.sh: error: no stage '$stage'; choose from: $default study" >&2; exit 2 ;; esac
+  case " $all " in *" $stage "*) ;; *) echo "run_all.sh: error: no stage '$stage'; choose from: $all" >&2; exit 2 ;; esac
 done
 case ${JOBS:-1} in *[!0-9]* | 0) echo "run_all.sh: error: JOBS=$JOBS: must be a whole number, at least 1" >&2; exit 2 ;; esac
 
@@ -40,7 +45,7 @@ case $PRESET in
   fashion) data=fashion-mnist; widths="48 96";   batches="64 128"; rates="1e-3 2e-3";   dropouts="0 0.05"; epochs=60
            seeds="0 1 2"; layers="2 4";          train="several hours (an estimate)"; measure="30 min (an estimate)"; study="a day (an estimate)" ;;
   paper)   data=cifar10;       widths="384 768"; batches="64 128"; rates="1e-4 3e-4";   dropouts="0 0.1";  epochs=300
-           seeds="0 1 2"; layers="2 4 6 8 10";   train="days on one GPU (an estimate)"; measure="hours (an estimate)"; study="weeks on one GPU (an estimate)" ;;
+           seeds="0 1 2"; layers="2 4 6 8 10";   train="a day on one GPU (an estimate)"; measure="hours (an estimate)"; study="weeks on one GPU (an estimate)" ;;
   *) echo "run_all.sh: error: PRESET=$PRESET: must be laptop, fashion or paper" >&2; exit 2 ;;
 esac
 runs=runs/$PRESET
@@ -52,12 +57,12 @@ status=0
 go() { # a run that failed has been reported, and the others can still be used; but stop at an interrupt
   "$python" "$@" || { status=$?; [ $status -lt 128 ] || exit $status; }
 }
-train() { go train.py --preset "$PRESET" --jobs "$JOBS" "$@"; }
+train() { go train.py --preset "$PRESET" --jobs "$JOBS" $dry "$@"; }
 grid() { # the models of Section 5, stopped at a train cross-entropy of 0.01 (Tables 1, 4, 5; Figs. 4, 6), and their measures
   train --model $models --width $widths --batch-size $batches --lr $rates --dropout $dropouts \
     --epochs $epochs --schedule constant --augment none --stop-at-loss 0.01 --log-srr-every 0 "$@"
 }
-measure() { go measure.py $runs/*_stop0.01 --out "$results/measures.csv" --jobs "$JOBS"; }
+measure() { go measure.py $runs/*_stop0.01 --only --out "$results/measures.csv" --jobs "$JOBS"; }
 correlate_both() { # at the same time: each takes one core
   (correlate --gap gap --out "$results/correlation"; exit $status) & first=$!
   correlate --gap gap_accuracy --out "$results/correlation_accuracy"
@@ -109,9 +114,10 @@ for stage in $stages; do
       train --model crate-c --srr-reg 1e-3 --srr-layer $layers random all --seed 0 1 2 3 4
       train --model crate-c --srr-reg 1e-3 --srr-sparsity l1 --seed 0 1 2 3 4
       train --model $models crate-e --depth 2 8 12 16 --seed 0 1 2
-      # SRR of a standard transformer, with its query, key and value matrices in the place of U
-      go measure.py $runs/*_p0_s[0-4] --groups srr --out "$results/srr.csv" --jobs "$JOBS"
       grid --seed 1
+      [ -z "$dry" ] || continue
+      # SRR of a standard transformer, with its query, key and value matrices in the place of U.
+      go measure.py $runs/*_p0_s[0-4] --only --groups srr --out "$results/srr.csv" --jobs "$JOBS"
       measure
       correlate_both
       report

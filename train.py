@@ -22,7 +22,7 @@ from crate.parallel import gpus_of, parallel
 from crate.runs import AXES, check_config, expand, status
 
 
-def parse_arguments():
+def make_parser():
     parser = Parser(__doc__)
     positive, rate = number(int, 1), number(float, above=0)
     several = dict(nargs="+", metavar="VALUE")
@@ -80,8 +80,9 @@ def parse_arguments():
     add("--out", help="folder of the run folders (default: runs/PRESET)")
     add("--shard", default="1/1", metavar="i/n", help="run only every n-th run, starting with the i-th")
     add("--jobs", type=positive, default=1, help="runs at the same time, each in its own process (default: 1)")
+    add("--dry-run", action="store_true", help="list the runs and what they would take on an H100, and train nothing")
     add("--status", metavar="FOLDER", help="print the state of every run of the sweeps in FOLDER, and train nothing")
-    return parser.parse_args()
+    return parser
 
 
 def resolve(arguments, torch):
@@ -144,8 +145,24 @@ def print_status(folder):
     print(f"{len(runs)} runs: " + ", ".join(f"{counts[state]} {state}" for state in states))
 
 
+def print_plan(configs):
+    """The table of --dry-run."""
+    from crate.estimate import estimate
+
+    width, total = max(map(len, configs)), 0.0
+    for name, config in configs.items():
+        plan = estimate(config)
+        total += plan["hours"]
+        print(
+            f"{name:{width}}  {config['parameters']:>12,} parameters  {plan['steps']:>9,} steps  {plan['flop']:.2e} FLOP  "
+            f"{plan['hours']:6.2f} h"
+        )
+    most = "at most " * any(config["stop_at_loss"] is not None for config in configs.values())
+    print(f"{len(configs)} runs, {most}{total:.1f} hours on an H100: an estimate")
+
+
 def main():
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
     if arguments.status:
         return print_status(arguments.status)
     try:
@@ -166,10 +183,12 @@ def main():
         raise InputError("--jobs: torchrun runs one model at a time on all its processes; leave --jobs out")
     distributed.start()
     preset, configs = resolve(arguments, torch)
-    out = output_folder(arguments.out or Path("runs") / preset)
     configs = dict(list(configs.items())[shard - 1 :: shards])
     if not configs:
         raise InputError(f"--shard {arguments.shard}: there are fewer runs than shards")
+    if arguments.dry_run:
+        return print_plan(configs)
+    out = output_folder(arguments.out or Path("runs") / preset)
     for name, config in configs.items():
         check_config(config, out / name)
     finished = distributed.agree([name for name in configs if (out / name / "result.json").exists()])

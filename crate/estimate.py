@@ -1,0 +1,61 @@
+"""What a run will take, before it is started: steps, floating-point operations, and hours on an H100, an estimate.
+
+The constants are assumptions (README, "GPU"); none was measured.
+"""
+
+import functools
+import math
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from crate.model import build_model
+from crate.srr import add_srr_gradients
+
+FLOP_PER_SECOND = {"bf16": 400e12, "fp16": 400e12, "off": 40e12}
+BYTES_PER_SECOND, LAUNCH = 2.5e12, 5e-6  # of memory; seconds that starting a kernel takes
+KERNELS_PER_LAYER, PASSES_PER_LAYER = 67, 30  # of a training step: kernels, and times a layer's tokens are read or written
+AUGMENTATION = 0.5e-3 / 8  # seconds an image, with eight workers
+EXAMPLES = {"digits": 1437, "fashion-mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
+
+
+@functools.cache
+def _counted(srr, batch, name, **sizes):
+    """Floating-point operations of one training step, counted by running it on the CPU."""
+    model = build_model(name, **sizes).train()
+    images = torch.zeros(batch, sizes["channels"], sizes["image_size"], sizes["image_size"])
+    with FlopCounterMode(display=False) as counter:
+        logits, outputs = model.forward_with_outputs(images) if srr else (model(images), None)
+        if srr:
+            layers = range(sizes["depth"]) if srr == "all" else [sizes["depth"] - 1]
+            add_srr_gradients(model, outputs, layers, 1.0)
+        logits.sum().backward()
+    return counter.get_total_flops()
+
+
+def step_flop(config):
+    """Floating-point operations of a training step, linear in the batch and in the depth: out of counts of 1 and 2 each."""
+    sizes = {key: config[key] for key in ("image_size", "patch_size", "channels", "classes", "width", "heads")}
+    srr = config["srr_layer"] if config["srr_reg"] else None
+
+    def of_depth(depth):
+        one, two = (_counted(srr if srr == "all" else bool(srr), n, config["model"], depth=depth, **sizes) for n in (1, 2))
+        return one + (config["batch_size"] - 1) * (two - one)  # ISTA's matrix is made once a step, all else once an image
+
+    return of_depth(1) + (config["depth"] - 1) * (of_depth(2) - of_depth(1))
+
+
+def estimate(config):
+    """{"steps", "flop" of the whole run, "hours" on an H100} of a run's config. With a stopping criterion, at most that."""
+    batch, examples = config["batch_size"], config["train_subset"] or EXAMPLES[config["dataset"]]
+    examples -= round(config["hold_out"] * examples)
+    steps = config["epochs"] * math.ceil(examples / batch)
+    flop = step_flop(config)
+    tokens = batch * ((config["image_size"] // config["patch_size"]) ** 2 + 1)
+    width = 4 if config["amp"] == "off" else 2
+    memory = config["depth"] * PASSES_PER_LAYER * tokens * config["width"] * width / BYTES_PER_SECOND
+    launches = config["depth"] * KERNELS_PER_LAYER * LAUNCH
+    seconds = max(flop / FLOP_PER_SECOND[config["amp"]] + memory, launches)
+    if config["augment"] == "basic":
+        seconds = max(seconds, batch * AUGMENTATION)
+    return {"steps": steps, "flop": steps * flop, "hours": steps * seconds / 3600}
