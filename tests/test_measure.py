@@ -235,3 +235,13 @@ def test_released_checkpoint(script, runs, tmp_path):
 def test_help_needs_no_torch():
     program = "import sys, measure; sys.argv[1:] = ['--help']\ntry: measure.main()\nfinally: assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
+
+
+def test_only_drops_other_runs(script, runs, tmp_path):
+    out = tmp_path / "measures.csv"
+    assert script("measure", runs, "--out", out, "--groups", "srr", *CHEAP[2:])[0] == 0
+    shutil.rmtree(runs / "a")
+    assert script("measure", runs, "--out", out, "--groups", "srr", *CHEAP[2:])[0] == 0
+    assert {run for run, _ in table(out)} == {"a", "b"}
+    assert script("measure", runs, "--out", out, "--groups", "srr", *CHEAP[2:], "--only")[0] == 0
+    assert {run for run, _ in table(out)} == {run for run, _ in table(out.with_name("measures_layers.csv"))} == {"b"}
