@@ -204,28 +204,36 @@ class Run:
         states = [torch.get_rng_state()]
         return states + [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else states
 
-    def train_epoch(self, bar, stop=()):
-        """One epoch, or what is left of it, or its part up to the stopping criterion, or, where `stop` fills, to the next step.
+    def begin_epoch(self):
+        """Count the epoch, or return to the one that a signal stopped. Returns what it has so far (as in `partial`: how often
+        the stopping criterion is checked, results of the steps, seconds) and the layers that each of its steps regularises.
 
-        Returns whether it was stopped. Nothing in it waits for the device but the stopping criterion.
+        Dropout and random layers are functions of (seed, epoch), dropout of the rank too.
         """
-        started, config, size = time.perf_counter(), self.config, self.config["batch_size"]
         if self.partial is None:
             self.epoch += 1
             checks = next(n for below, n in CHECKS_PER_EPOCH if self.train_loss < below or below == math.inf)
             partial = {"checks": checks, "steps": [], "seconds": 0.0}
         else:
             partial, self.partial = self.partial, None
-        # Dropout and random layers are functions of (seed, epoch), dropout of the rank too.
-        torch.manual_seed(mixed_seed(DROPOUT, config["seed"], self.epoch))
-        layers = srr_layers(config["srr_layer"], config["depth"], self.steps_per_epoch)
+        torch.manual_seed(mixed_seed(DROPOUT, self.config["seed"], self.epoch))
+        layers = srr_layers(self.config["srr_layer"], self.config["depth"], self.steps_per_epoch)
         if "random" in partial:
             cpu, *cuda = (state.cpu() for state in partial["random"][RANK])
             torch.set_rng_state(cpu)
             for state in cuda:
                 torch.cuda.set_rng_state(state, self.device)
         elif RANK:
-            torch.manual_seed(mixed_seed(DROPOUT, config["seed"], self.epoch, RANK))
+            torch.manual_seed(mixed_seed(DROPOUT, self.config["seed"], self.epoch, RANK))
+        return partial, layers
+
+    def train_epoch(self, bar, stop=()):
+        """One epoch, or what is left of it, or its part up to the stopping criterion, or, where `stop` fills, to the next step.
+
+        Returns whether it was stopped. Nothing in it waits for the device but the stopping criterion.
+        """
+        started, config, size = time.perf_counter(), self.config, self.config["batch_size"]
+        partial, layers = self.begin_epoch()
         check_at = {math.ceil(self.steps_per_epoch * (i + 1) / partial["checks"]) for i in range(partial["checks"])}
         self.model.train()
         steps = [step * (RANK == 0) for step in partial["steps"]]  # sums over the ranks
