@@ -102,7 +102,7 @@ def measure_one(path, options):
     try:
         row, layers = measure_run(path, **options)
     except (ValueError, RuntimeError, OSError) as error:
-        return None, [], 0, one_line(error) if str(path) in one_line(error) else f"{path}: {one_line(error)}"
+        return None, [], 0, one_line(error, path)
     return row, layers, time.perf_counter() - began, None
 
 
@@ -148,10 +148,12 @@ def main():
         tasks.append((path, options | {"groups": groups}))
 
     def write():
-        if any(layers.values()):
-            write_csv(layers_out, [line for name in sorted(layers) for line in layers[name]])
-        if rows:
-            write_csv(out, [dict.fromkeys(COLUMNS, "") | rows[name] for name in sorted(rows)])
+        layer_rows = [line for name in sorted(layers) for line in layers[name]]
+        for path, table in (
+            (layers_out, layer_rows),
+            (out, [dict.fromkeys(COLUMNS, "") | rows[name] for name in sorted(rows)]),
+        ):
+            write_csv(path, table) if table else path.unlink(missing_ok=True)
 
     if others:
         write()

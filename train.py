@@ -7,8 +7,8 @@
     torchrun --nproc-per-node 2 train.py --model crate-c      each model on two processes or GPUs
     python train.py --status runs/laptop                      what is finished, running, failed, missing
 
-Every run has its own folder below --out. Finished runs are skipped, unfinished ones go on after their last epoch or, stopped
-by SIGINT or SIGTERM, after their last step.
+Every run has its own folder below --out. Finished runs are skipped, unfinished ones go on after their last saved epoch or,
+stopped by SIGINT or SIGTERM, after their last step.
 """
 
 import shlex
@@ -129,7 +129,7 @@ def train_one(config, folder, threads, show_progress):
     try:
         return folder.name, train(config, folder, show_progress), None
     except (ValueError, RuntimeError, OSError) as error:
-        return folder.name, None, one_line(error) if str(folder) in one_line(error) else f"{folder}: {one_line(error)}"
+        return folder.name, None, one_line(error, folder)
 
 
 def print_status(folder):
@@ -163,7 +163,7 @@ def print_plan(configs):
 
 def main():
     arguments = make_parser().parse_args()
-    if arguments.status:
+    if arguments.status is not None:
         return print_status(arguments.status)
     try:
         shard, shards = map(int, arguments.shard.split("/"))
@@ -181,13 +181,13 @@ def main():
 
     if WORLD > 1 and arguments.jobs > 1:
         raise InputError("--jobs: torchrun runs one model at a time on all its processes; leave --jobs out")
-    distributed.start()
     preset, configs = resolve(arguments, torch)
     configs = dict(list(configs.items())[shard - 1 :: shards])
     if not configs:
         raise InputError(f"--shard {arguments.shard}: there are fewer runs than shards")
     if arguments.dry_run:
-        return print_plan(configs)
+        return print_plan(configs) if RANK == 0 else 0
+    distributed.start()
     out = output_folder(arguments.out or Path("runs") / preset)
     for name, config in configs.items():
         check_config(config, out / name)
@@ -204,7 +204,8 @@ def main():
             data_of(first)
     distributed.agree(None)
     jobs = min(arguments.jobs, max(len(pending), 1))
-    threads = max(1, cores() // (jobs * distributed.LOCAL_WORLD))
+    # By all runs, not by those left: with another number of threads a resumed run would round otherwise.
+    threads = max(1, cores() // (min(arguments.jobs, len(configs)) * distributed.LOCAL_WORLD))
     # The largest models first: a long run that starts last would leave the other processes idle.
     order = sorted(pending, key=lambda name: -pending[name]["parameters"] / pending[name]["batch_size"])
     tasks = [(pending[name], out / name, threads, jobs == 1 and RANK == 0) for name in order]

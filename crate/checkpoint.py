@@ -9,7 +9,7 @@ import torch
 from crate.cli import InputError
 from crate.files import atomic_write, read_json
 from crate.model import model_from_config
-from crate.runs import identity
+from crate.runs import first_difference
 
 
 def save_checkpoint(path, content):
@@ -19,20 +19,21 @@ def save_checkpoint(path, content):
     atomic_write(path, buffer.getvalue())
 
 
-def load_checkpoint(path, device="cpu"):
-    """What save_checkpoint wrote. Raises InputError where the file is missing, damaged or foreign.
+def load_checkpoint(path):
+    """What save_checkpoint wrote, on the CPU. Raises InputError where the file is missing, damaged or foreign.
 
     The file is a zip archive with a CRC-32 of each of its parts; torch.load doesn't compare them, so it is done here.
     """
     try:
-        with open(path, "rb") as stream:
-            if zipfile.is_zipfile(stream) and zipfile.ZipFile(stream).testzip():
-                raise zipfile.BadZipFile
-            stream.seek(0)
-            content = torch.load(stream, map_location=device, weights_only=True)
+        stream = io.BytesIO(Path(path).read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file")
-    except PermissionError:
+    try:
+        if zipfile.is_zipfile(stream) and zipfile.ZipFile(stream).testzip():
+            raise zipfile.BadZipFile
+        stream.seek(0)
+        content = torch.load(stream, map_location="cpu", weights_only=True)
+    except MemoryError:
         raise
     except Exception as error:  # whatever zipfile and the unpickler make of arbitrary bytes
         raise InputError(f"{path}: damaged or not a checkpoint ({type(error).__name__}); delete it to start the run again")
@@ -41,21 +42,21 @@ def load_checkpoint(path, device="cpu"):
     return content
 
 
-def load_weights(model, path, config, device="cpu"):
+def load_weights(model, path, config):
     """Load the entry "model" of a run's checkpoint `path` into `model`. Returns the checkpoint.
 
     Raises InputError where it is broken or belongs to another run than that of `config`.
     """
-    content = load_checkpoint(path, device)
+    content = load_checkpoint(path)
+    if not isinstance(content.get("config"), dict):
+        raise InputError(f"{path}: not a checkpoint of this project, or made by an older version of it; choose another --out")
+    if difference := first_difference(content["config"], config):
+        key, there, here = difference
+        raise InputError(f"{path}: {key} is {there} in it but {here} in config.json: one was changed, or is another run's")
     try:
-        there, here = content["config"], identity(config)
-        for key in sorted(there.keys() | here.keys()):
-            if there.get(key) != here.get(key):
-                other = f"{there.get(key)} in it but {here.get(key)} in config.json"
-                raise InputError(f"{path}: {key} is {other}: one of them is of another run, or was changed; restore it")
         model.load_state_dict(content["model"])
     except (KeyError, RuntimeError, TypeError, AttributeError):
-        raise InputError(f"{path}: not a checkpoint of this run; delete it to start the run again")
+        raise InputError(f"{path}: its weights don't fit the model in config.json")
     return content
 
 
@@ -67,5 +68,5 @@ def load_run(folder, device="cpu"):
         model = model_from_config(config)
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / 'config.json'}: {error} is missing or malformed")
-    load_weights(model, folder / "last.pt", config, device)
+    load_weights(model, folder / "last.pt", config)
     return config, model.to(device).eval()

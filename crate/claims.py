@@ -23,6 +23,12 @@ def verdict(low, high, side):
     return "holds" if low > 0 else "contradicted" if high < 0 else "undecided"
 
 
+def deciding(rows, key, side):
+    """The row that decides a claim about all rows: one whose interval of `key` contradicts it, else the closest to doing so."""
+    against = [row for row in rows if verdict(row[f"{key}_low"], row[f"{key}_high"], side) == "contradicted"]
+    return min(against or rows, key=lambda row: row[f"{key}_low"] if side > 0 else -row[f"{key}_high"])
+
+
 def interval(values):
     """Mean of one value per seed, and its 95 % t interval; NaN bounds where there are fewer than two."""
     from scipy.stats import ttest_1samp
@@ -143,10 +149,10 @@ def correlation_claims(rows, which, first):
     def add(text, side, number, low, high):
         claims.append(claim("5", f"{text}, {which}", side, number, low, high, int(models), "models"))
 
-    def tau(text, side, names):  # the measure that is furthest from the claimed side decides for its group
+    def tau(text, side, names):
         own = [by_name[name] for name in names if name in by_name and math.isfinite(by_name[name]["tau"])]
         if own:
-            row = min(own, key=lambda row: side * row["tau"])
+            row = deciding(own, "tau", side)
             add(f"{text}: tau" + f" of {row['measure']}" * (len(names) > 1), side, row["tau"], row["tau_low"], row["tau_high"])
 
     def srr_minus(text, side, row, key):
@@ -154,15 +160,15 @@ def correlation_claims(rows, which, first):
 
     tau("SRR correlates with the gap", +1, ["srr"])
     if others:
-        best = min(others, key=lambda row: row["diff_srr"])
-        srr_minus(f"SRR has the highest tau: tau minus that of the best other, {best['measure']}", +1, best, "diff_srr")
+        rival = deciding(others, "diff_srr", +1)
+        srr_minus(f"SRR has the highest tau: tau minus that of its closest rival, {rival['measure']}", +1, rival, "diff_srr")
     if first:
         contested = [row for row in others if math.isfinite(row.get("diff_srr_psi_model", math.nan))]
         if contested:
-            best = min(contested, key=lambda row: row["diff_srr_psi_model"])
-            text = f"SRR wins on the model-type axis: psi minus that of the best other, {best['measure']}"
-            srr_minus(text, +1, best, "diff_srr_psi_model")
-        tau("Products and sums of norms correlate negatively, the highest", -1, NORM_MEASURES)
+            rival = deciding(contested, "diff_srr_psi_model", +1)
+            text = f"SRR wins on the model-type axis: psi minus that of its closest rival, {rival['measure']}"
+            srr_minus(text, +1, rival, "diff_srr_psi_model")
+        tau("Products and sums of norms all correlate negatively", -1, NORM_MEASURES)
         tau("Path-norm correlates negatively", -1, ["path_norm"])
         tau("1/margin correlates positively", +1, ["inverse_margin"])
         tau("PAC-Bayes flatness correlates positively", +1, ["pacbayes_flatness"])

@@ -60,11 +60,12 @@ def deferred_signals():
         raise Interrupted(received[0])
 
 
-def one_line(error):
-    """An exception or a message, in one line; that of a failed file operation names the file."""
+def one_line(error, path=""):
+    """An exception or a message, in one line that names `path`; that of a failed file operation names the file."""
     if isinstance(error, OSError) and error.filename is not None:
         error = f"{error.filename}: {error.strerror}"
-    return " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
+    line = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
+    return line if str(path) in line else f"{path}: {line}"
 
 
 def run(main):

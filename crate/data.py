@@ -8,8 +8,11 @@ import functools
 import gzip
 import hashlib
 import io
+import os
 import signal
 import sys
+import tarfile
+import threading
 import zlib
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -129,7 +132,7 @@ def load_data(name, data_dir="data", *, image_size=None, train_subset=None, hold
         raise InputError(f"--dataset {name}: unknown; choose from {', '.join(LOADERS)}")
     try:
         arrays = LOADERS[name](Path(data_dir))
-    except (OSError, RuntimeError, HTTPException, zlib.error, EOFError) as error:  # no network, no permission, a broken file
+    except (OSError, RuntimeError, HTTPException, tarfile.TarError, zlib.error, EOFError) as error:  # no network, a broken file
         files = ", ".join(FASHION_FILES) if name == "fashion-mnist" else CIFAR_FILES.get(name, DIGITS)
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"--data-dir {data_dir}: {name} is not there ({reason}); put {files} there, or use --dataset digits")
@@ -199,9 +202,18 @@ class _Augmentation(torch.utils.data.Dataset):
 
 
 def _start_worker(worker):
+    """One thread, and of the signals that may be sent to all processes at once none but the training process' own SIGTERM."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):  # may be sent to all; the training process decides
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_asked, daemon=True).start()
+
+
+def _end_when_asked():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class AugmentedBatches:

@@ -9,14 +9,14 @@ import math
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from crate.config import EXAMPLES
 from crate.model import build_model
 from crate.srr import add_srr_gradients
 
 FLOP_PER_SECOND = {"bf16": 400e12, "fp16": 400e12, "off": 40e12}
 BYTES_PER_SECOND, LAUNCH = 2.5e12, 5e-6  # of memory; seconds that starting a kernel takes
-KERNELS_PER_LAYER, PASSES_PER_LAYER = 67, 30  # of a training step: kernels, and times a layer's tokens are read or written
+KERNELS, PASSES = 67, 30  # of a training step, per layer: kernels, and how often its tokens are read or written
 AUGMENTATION = 0.5e-3 / 8  # seconds an image, with eight workers
-EXAMPLES = {"digits": 1437, "fashion-mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
 
 
 @functools.cache
@@ -46,16 +46,27 @@ def step_flop(config):
 
 
 def estimate(config):
-    """{"steps", "flop" of the whole run, "hours" on an H100} of a run's config. With a stopping criterion, at most that."""
-    batch, examples = config["batch_size"], config["train_subset"] or EXAMPLES[config["dataset"]]
-    examples -= round(config["hold_out"] * examples)
-    steps = config["epochs"] * math.ceil(examples / batch)
+    """{"steps", "flop" of all of them, "hours" on an H100} of a run's config. With a stopping criterion, at most that.
+
+    The hours hold validation in float32 after every epoch and, with a stopping criterion, the pass over the training set.
+    """
+    batch, (examples, validated) = config["batch_size"], EXAMPLES[config["dataset"]]
+    examples = config["train_subset"] or examples
+    if config["hold_out"]:
+        validated = round(config["hold_out"] * examples)
+        examples -= validated
+    steps = math.ceil(examples / batch)  # of an epoch
     flop = step_flop(config)
-    tokens = batch * ((config["image_size"] // config["patch_size"]) ** 2 + 1)
+    tokens = (config["image_size"] // config["patch_size"]) ** 2 + 1
+
+    def memory(passes, images, width):
+        return config["depth"] * passes * images * tokens * config["width"] * width / BYTES_PER_SECOND
+
     width = 4 if config["amp"] == "off" else 2
-    memory = config["depth"] * PASSES_PER_LAYER * tokens * config["width"] * width / BYTES_PER_SECOND
-    launches = config["depth"] * KERNELS_PER_LAYER * LAUNCH
-    seconds = max(flop / FLOP_PER_SECOND[config["amp"]] + memory, launches)
+    seconds = max(flop / FLOP_PER_SECOND[config["amp"]] + memory(PASSES, batch, width), config["depth"] * KERNELS * LAUNCH)
     if config["augment"] == "basic":
         seconds = max(seconds, batch * AUGMENTATION)
-    return {"steps": steps, "flop": steps * flop, "hours": steps * seconds / 3600}
+    seen = validated + examples * (config["stop_at_loss"] is not None)  # forward alone: a third of the work
+    evaluation = seen * flop / batch / 3 / FLOP_PER_SECOND["off"] + memory(PASSES / 3, seen, 4)
+    epochs = config["epochs"]
+    return {"steps": epochs * steps, "flop": epochs * steps * flop, "hours": epochs * (steps * seconds + evaluation) / 3600}

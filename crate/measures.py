@@ -382,7 +382,7 @@ def measure_run(path, *, groups, images, device="cpu", data_dir=None, heads=None
     else:
         config, model = load_run(path, device)
         initial = copy.deepcopy(model)
-        load_weights(initial, path / "init.pt", config, device)
+        load_weights(initial, path / "init.pt", config)
         _, result = finished_run(path)
         if not all(p.isfinite().all() for p in model.parameters()):
             raise InputError(f"{path / 'last.pt'}: its weights are not finite")

@@ -9,21 +9,26 @@ import itertools
 import json
 from pathlib import Path
 
-from crate.cli import InputError
+from crate.cli import InputError, one_line
 from crate.config import DEFAULTS
 from crate.files import lock_holder, read_json
 
-# The flags of train.py that take several values; a sweep is their Cartesian product.
-AXES = ("width", "batch_size", "lr", "dropout", "weight_decay", "depth", "model", "srr_reg", "srr_layer", "seed")
-FREE_TO_CHANGE = {
-    "device",
-    "data_dir",
-    "save_every",
-    "versions",
-    "commit",
-    "command",
-    "sweep",
-}  # between a run and its resumption
+# A sweep is the Cartesian product of their values: the flags of train.py that take several, and what decides about them.
+AXES = (
+    "width",
+    "batch_size",
+    "lr",
+    "dropout",
+    "weight_decay",
+    "depth",
+    "model",
+    "srr_reg",
+    "srr_layer",
+    "srr_sparsity",
+    "seed",
+)
+# What may differ between a run and its resumption.
+FREE_TO_CHANGE = {"device", "data_dir", "save_every", "versions", "commit", "command", "sweep"}
 
 
 def run_name(config):
@@ -54,6 +59,12 @@ def identity(config):
     return {key: value for key, value in config.items() if key not in FREE_TO_CHANGE}
 
 
+def first_difference(a, b):
+    """(key, a's value, b's value) of the first setting in which two configs differ, or None where they are of one run."""
+    a, b = identity(a), identity(b)
+    return next(((key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)), None)
+
+
 def config_sha256(config):
     """What result.json repeats of the config that the run was trained with."""
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
@@ -70,14 +81,10 @@ def finished_run(folder):
 def check_config(config, folder):
     """Raise InputError where `folder` holds a run with other settings than `config`."""
     path = Path(folder) / "config.json"
-    if path.exists():
-        there, now = identity(read_json(path)), identity(config)
-        for key in sorted(there.keys() | now.keys()):
-            if there.get(key) != now.get(key):
-                flag = "--nproc-per-node" if key == "processes" else "--" + key.replace("_", "-")
-                raise InputError(
-                    f"{path}: {key} is {there.get(key)} there but {now.get(key)} now; match {flag} or change --out"
-                )
+    if path.exists() and (difference := first_difference(read_json(path), config)):
+        key, there, now = difference
+        flag = "--nproc-per-node" if key == "processes" else "--" + key.replace("_", "-")
+        raise InputError(f"{path}: {key} is {there} there but {now} now; match {flag} or change --out")
 
 
 def state(folder):
@@ -95,19 +102,21 @@ def state(folder):
             return "failed", f"{progress}; {(folder / 'error.txt').read_text().strip()}"
         return "unfinished", progress
     except (InputError, OSError, KeyError) as error:
-        return "failed", " ".join(str(error).split())
+        return "failed", one_line(error)
 
 
 def status(out):
     """[(run, state, remark)] of all runs in the folder `out`, those of its sweeps that nobody has started yet among them."""
     folders = {path.parent.name: path.parent for path in Path(out).glob("*/config.json")}
-    sweeps = {}
+    names, seen = set(folders), set()
     for folder in folders.values():
         try:
             config = read_json(folder / "config.json")
             rest = {key: value for key, value in identity(config).items() if key not in (*AXES, "parameters")}
-            sweeps[json.dumps([rest, config["sweep"]], sort_keys=True)] = config
-        except (InputError, KeyError):  # `state` says so
+            sweep = json.dumps([rest, config["sweep"]], sort_keys=True)
+            if sweep not in seen:
+                seen.add(sweep)
+                names |= expand(config, config["sweep"]).keys()
+        except (InputError, KeyError, TypeError):  # `state` says what is wrong with it
             pass
-    names = set(folders).union(*(expand(config, config["sweep"]) for config in sweeps.values()))
     return [(name, *state(folders[name])) if name in folders else (name, "missing", "") for name in sorted(names)]

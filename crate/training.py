@@ -38,6 +38,8 @@ def resolve_device(name):
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name}: no such device here; use --device cpu")
     return device
@@ -69,6 +71,8 @@ def evaluate(model, data, images, labels, chunk=256):
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=labels.device)
     for part, truth in zip(images[RANK::WORLD].split(chunk), labels[RANK::WORLD].split(chunk)):
+        if not len(part):  # fewer images than ranks
+            continue
         logits = model(data.resize(part))
         sums += torch.stack([F.cross_entropy(logits.double(), truth, reduction="sum"), (logits.argmax(1) == truth).sum()])
     loss, accuracy = (distributed.total(sums) / len(labels)).tolist()
@@ -123,11 +127,15 @@ class Run:
         """Resume from last.pt, or begin: init.pt, and layer-wise SRR at initialisation."""
         last = self.folder / "last.pt"
         if distributed.agree(last.exists()):
-            state = load_weights(self.model, last, self.config, self.device)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.epoch, self.step, self.train_loss = state["epoch"], state["step"], state["train_loss"]
-            self.rows, self.hardest_first, self.partial = state["rows"], state["hardest_first"], state["partial"]
+            state = load_weights(self.model, last, self.config)
+            try:
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.scaler.load_state_dict(state["scaler"])
+                self.epoch, self.step, self.train_loss = state["epoch"], state["step"], state["train_loss"]
+                self.rows, self.partial = state["rows"], state["partial"]
+                self.hardest_first = state["hardest_first"].to(self.device)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise InputError(f"{last}: no checkpoint to go on from ({error}); delete it to start the run again")
         else:
             self.write("init.pt", {"model": self.model.state_dict()})
             self.log(time.perf_counter())
@@ -171,8 +179,8 @@ class Run:
         Returns loss, number correct and SRR on the device, the means times `share`.
         """
         config, model = self.config, self.model
-        if not share:  # a batch of fewer images than ranks
-            return torch.zeros(3, device=self.device)
+        if not share:  # a batch of fewer images than ranks; the scaler starts with its first `scale`
+            return self.scaler.scale(torch.zeros(3, device=self.device))
         with torch.autocast(self.device.type, AMP_DTYPES.get(config["amp"]), enabled=config["amp"] != "off"):
             logits, outputs = model.forward_with_outputs(images) if config["srr_reg"] else (model(images), None)
             loss = F.cross_entropy(logits, labels)
@@ -219,7 +227,7 @@ class Run:
         torch.manual_seed(mixed_seed(DROPOUT, self.config["seed"], self.epoch))
         layers = srr_layers(self.config["srr_layer"], self.config["depth"], self.steps_per_epoch)
         if "random" in partial:
-            cpu, *cuda = (state.cpu() for state in partial["random"][RANK])
+            cpu, *cuda = partial["random"][RANK]
             torch.set_rng_state(cpu)
             for state in cuda:
                 torch.cuda.set_rng_state(state, self.device)
@@ -236,7 +244,7 @@ class Run:
         partial, layers = self.begin_epoch()
         check_at = {math.ceil(self.steps_per_epoch * (i + 1) / partial["checks"]) for i in range(partial["checks"])}
         self.model.train()
-        steps = [step * (RANK == 0) for step in partial["steps"]]  # sums over the ranks
+        steps = [step.to(self.device) * (RANK == 0) for step in partial["steps"]]  # sums over the ranks
         stopped, total = False, len(self.data.train_labels)
         for i, (images, labels) in enumerate(self.batches(self.epoch, len(steps)), len(steps)):
             try:
@@ -284,8 +292,9 @@ class Run:
         total, losses = 0.0, []
         for index in self.hardest_first.split(chunk):
             part, mine = torch.zeros(len(index), dtype=torch.float64, device=self.device), index[RANK::WORLD]
-            logits = self.model(self.data.resize(self.data.train_images[mine]))
-            part[RANK::WORLD] = F.cross_entropy(logits.double(), self.data.train_labels[mine], reduction="none")
+            if len(mine):
+                logits = self.model(self.data.resize(self.data.train_images[mine]))
+                part[RANK::WORLD] = F.cross_entropy(logits.double(), self.data.train_labels[mine], reduction="none")
             losses.append(distributed.total(part))
             total += losses[-1].sum().item() / len(self.hardest_first)
             if total >= enough:
@@ -349,5 +358,6 @@ def train(config, folder, show_progress=True):
             if stop:  # the same signal may have ended a worker before it could ignore it
                 raise Interrupted(stop[0])
             with suppress(OSError):
-                write_text(folder / "error.txt", one_line(error) + "\n")
+                if not (folder / "error.txt").exists():  # the first rank to fail knows why; the others lose their connection
+                    write_text(folder / "error.txt", one_line(error) + "\n")
             raise
