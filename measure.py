@@ -148,11 +148,9 @@ def main():
         tasks.append((path, options | {"groups": groups}))
 
     def write():
-        layer_rows = [line for name in sorted(layers) for line in layers[name]]
-        for path, table in (
-            (layers_out, layer_rows),
-            (out, [dict.fromkeys(COLUMNS, "") | rows[name] for name in sorted(rows)]),
-        ):
+        of_layers = [line for name in sorted(layers) for line in layers[name]]
+        of_runs = [dict.fromkeys(COLUMNS, "") | rows[name] for name in sorted(rows)]
+        for path, table in ((layers_out, of_layers), (out, of_runs)):
             write_csv(path, table) if table else path.unlink(missing_ok=True)
 
     if others:

@@ -13,20 +13,9 @@ from crate.cli import InputError, one_line
 from crate.config import DEFAULTS
 from crate.files import lock_holder, read_json
 
-# A sweep is the Cartesian product of their values: the flags of train.py that take several, and what decides about them.
-AXES = (
-    "width",
-    "batch_size",
-    "lr",
-    "dropout",
-    "weight_decay",
-    "depth",
-    "model",
-    "srr_reg",
-    "srr_layer",
-    "srr_sparsity",
-    "seed",
-)
+# The flags whose values a sweep is the Cartesian product of. --srr-sparsity has one value, but another one where eta is 0.
+AXES = ("width", "batch_size", "lr", "dropout", "weight_decay", "depth", "model", "srr_reg", "srr_layer", "srr_sparsity")
+AXES += ("seed",)
 # What may differ between a run and its resumption.
 FREE_TO_CHANGE = {"device", "data_dir", "save_every", "versions", "commit", "command", "sweep"}
 
