@@ -137,7 +137,9 @@ def print_status(folder):
     if not Path(folder).is_dir():
         raise InputError(f"--status {folder}: no such folder; name one that --out had")
     runs = status(folder)
-    width = max((len(name) for name, _, _ in runs), default=0)
+    if not runs:
+        raise InputError(f"--status {folder}: holds no run; name a folder that --out had")
+    width = max(len(name) for name, _, _ in runs)
     for name, state, remark in runs:
         print(f"{name:{width}}  {state:10}  {remark}")
     counts = Counter(state for _, state, _ in runs)

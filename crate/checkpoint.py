@@ -68,5 +68,8 @@ def load_run(folder, device="cpu"):
         model = model_from_config(config)
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / 'config.json'}: {error} is missing or malformed")
-    load_weights(model, folder / "last.pt", config)
+    epoch, result = load_weights(model, folder / "last.pt", config).get("epoch"), folder / "result.json"
+    ended = read_json(result).get("epochs") if result.exists() else epoch
+    if epoch is None or epoch != ended:
+        raise InputError(f"{folder / 'last.pt'}: of epoch {epoch}, but result.json says {ended}; restore either")
     return config, model.to(device).eval()

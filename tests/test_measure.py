@@ -138,7 +138,7 @@ BREAKS = {
     "truncated initial weights": (lambda run: truncate(run / "init.pt"), "init.pt"),
     "no config": (lambda run: (run / "config.json").unlink(), "config.json"),
     "half a config": (lambda run: (run / "config.json").write_text('{"model": "crate"}'), "config.json"),
-    "half a result": (lambda run: (run / "result.json").write_text("{}"), "gap"),
+    "half a result": (lambda run: (run / "result.json").write_text("{}"), "result.json says None"),
     "malformed result": (lambda run: (run / "result.json").write_text("{"), "result.json"),
     "other width": (lambda run: change(run / "config.json", width=24), "width is 12 in it but 24"),
     "weights of NaN": (lambda run: nan(run / "last.pt"), "not finite"),
