@@ -46,8 +46,15 @@ is slightly best, below PAC-Bayes flatness on dropout and model type.
 
 
 def collect(runs, results):
-    """Write runs.csv (a row per finished run), layers.csv (layer-wise SRR by epoch) and operators.csv from the run folders."""
+    """Write runs.csv (a row per finished run), layers.csv (layer-wise SRR by epoch) and operators.csv from the run folders.
+
+    The last two leave out the runs that only chose hyperparameters, and have 7 digits: float32 has no more.
+    """
     rows, layers, operators = [], [], []
+
+    def parts(where, values):
+        return where | {key: float(f"{value:.7g}") for key, value in values.items()}
+
     for path in sorted(Path(runs).glob("*/result.json")):
         config, result = finished_run(path.parent)
         row = {"run": path.parent.name} | {key: config.get(key, "") for key in COLUMNS}
@@ -55,13 +62,13 @@ def collect(runs, results):
         row |= {key: result[key] for key in RESULTS} | {"torch": config["versions"]["torch"]}
         row["processor"] = f"{config['versions']['processor']}, {config['versions']['cores']} cores"
         rows.append(row)
-        for line in path.with_name("log.jsonl").read_text().splitlines():
+        for line in path.with_name("log.jsonl").read_text().splitlines() if not config["hold_out"] else ():
             epoch = json.loads(line)
             where = {"run": path.parent.name, "epoch": epoch["epoch"]}
             for images, key in (("train", "srr"), ("val", "srr_val")):
-                layers += [where | {"images": images, "layer": l, **parts} for l, parts in enumerate(epoch.get(key, []), 1)]
+                layers += [parts(where | {"images": images, "layer": l}, of) for l, of in enumerate(epoch.get(key, []), 1)]
             for l, points in enumerate(epoch.get("operators", []), 1):
-                operators += [where | {"layer": l, "point": point, **parts} for point, parts in points.items()]
+                operators += [parts(where | {"layer": l, "point": point}, of) for point, of in points.items()]
     if not rows:
         raise InputError(f"--runs {runs}: no finished run there; train first")
     write_csv(Path(results) / "runs.csv", rows)
@@ -106,7 +113,8 @@ def layer_figures(layers, operators, results):
         "$R^c$": lambda row: row["rate_subspaces"], "$R$": lambda row: row["rate"],
     }  # fmt: skip
     for images, name in (("train", "fig_2"), ("val", "fig_2_validation")):
-        own = ordered(nested([row for row in layers if row["images"] == images], parts["SRR"], "model", "epoch", "layer"))
+        rows = [row for row in layers if row["images"] == images and row["model"] in (*claims.MAIN, "crate-e")]
+        own = ordered(nested(rows, parts["SRR"], "model", "epoch", "layer"))
         panels = {model: by_epoch(panel) for model, panel in own.items()}
         label = "SRR measure, $\\lambda ||Z||_0 + R^c - R$"
         figures.by_layer(panels, results / "figures" / f"{name}.png", label=label, sequential=True)

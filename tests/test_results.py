@@ -29,13 +29,13 @@ def test_report_is_rebuilt_from_its_tables(script, tmp_path, folder):
     for name in ("REPORT.md", "claims.csv"):
         before[name] = (results / name).read_bytes()
         (results / name).unlink()
-    figures = {path.name for path in (results / "figures").iterdir()}
+    figures = {path.name for path in (results / "figures").glob("*.png")}
     shutil.rmtree(results / "figures")
     code, _, error = script("crate.report", "--results", results, "--attention", tmp_path / "attention_only")
     assert code == 0, error
     for name, content in before.items():
         assert (results / name).read_bytes() == content, name
-    assert {path.name for path in (results / "figures").iterdir()} == figures
+    assert {path.name for path in (results / "figures").glob("*.png")} == figures
 
 
 @pytest.mark.parametrize("folder", REPORTS, ids=lambda folder: folder.name)
@@ -45,4 +45,5 @@ def test_report_is_whole(folder):
         assert 3000 < (folder / target).stat().st_size <= 200_000, target
     runs = {row["run"] for row in read_csv(folder / "runs.csv")}
     assert {row["run"] for row in read_csv(folder / "measures.csv")} <= runs, "measures of runs that the report doesn't know"
+    assert f"# Report: {folder.name}" in text and "Where the numbers come from" in text
     assert not list(folder.rglob("*.pt"))
