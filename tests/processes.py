@@ -18,7 +18,8 @@ from crate.cli import run
 
 torch.set_num_threads(1)
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "tests.processes", "train", "measure", "crate.measures"])
+# An optimizer imports torch._dynamo, which takes longer than these runs.
+CONTEXT.set_forkserver_preload(["pytest", "tests.processes", "train", "crate.provenance", "torch._dynamo"])
 
 
 def _child(script, arguments, output, fault):

@@ -31,44 +31,49 @@ def text_of(out):
     return Path(out).with_suffix(".txt").read_text()
 
 
-def test_weights_equal_those_of_one_process(tmp_path, faults):
-    # Batches of 50, 50, 50, 50 and 1: at the last one, a rank has no image.
-    sweep = ("--model", "crate-c", "crate-e", "crate-fix", "vit", "--srr-reg", 0, 0.01, "--srr-layer", "random", "--epochs", 2)
-    sweep += ("--train-subset", 201, "--clip-norm", 5.0, "--lr", 2e-3)
-    for name, flags in {
-        "sweep": sweep,
-        "augmented": ("--augment", "basic", "--epochs", 2, "--srr-reg", 0.01),
-        # A rank has no image in the last chunk of 256 that the stopping criterion looks at, or in any batch.
-        "stopping": ("--stop-at-loss", 1.5, "--schedule", "constant", "--epochs", 60, "--lr", 1e-2, "--train-subset", 257),
-        "single": ("--batch-size", 1, "--train-subset", 5, "--amp", "fp16", "--epochs", 2),
-    }.items():
-        two, one = start(tmp_path / f"{name}-2", *flags), start(tmp_path / f"{name}-1", *flags, launcher=(sys.executable,))
-        assert (two.wait(120), one.wait(120)) == (0, 0), text_of(tmp_path / f"{name}-2") + text_of(tmp_path / f"{name}-1")
-        folders = sorted(path.parent for path in tmp_path.glob(f"{name}-1/*/result.json"))
-        assert len(folders) == (8 if name == "sweep" else 1)
-        for folder in folders:
-            other = tmp_path / f"{name}-2" / folder.name
-            a, b = (load_checkpoint(path / "last.pt") for path in (folder, other))
-            assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
-            for key, weight in a["model"].items():
-                torch.testing.assert_close(
-                    b["model"][key], weight, rtol=0, atol=1e-5, msg=lambda m: f"{folder.name} {key}: {m}"
-                )
-            (_, result), (_, result2) = finished_run(folder), finished_run(other)
-            for key in ("train_loss", "val_loss", "train_accuracy", "val_accuracy"):
-                assert result2[key] == pytest.approx(result[key], abs=1e-4)
-            for row, row2 in zip(a["rows"], b["rows"], strict=True):
-                assert row.keys() == row2.keys()
-                assert {k: v for k, v in row2.items() if isinstance(v, float) and k != "seconds"} == pytest.approx(
-                    {k: v for k, v in row.items() if isinstance(v, float) and k != "seconds"}, abs=2e-3
-                )
-            faults("two processes for a model, instead of one", 1, "weights equal to 1e-5")
+# Batches of 50, 50, 50, 50 and 1: at the last one, a rank has no image.
+SWEEP = ("--model", "crate-c", "crate-e", "crate-fix", "vit", "--srr-reg", 0, 0.01, "--srr-layer", "random", "--epochs", 2)
+SWEEP += ("--train-subset", 201, "--clip-norm", 5.0, "--lr", 2e-3)
+# A rank has no image in the last chunk of 256 that the stopping criterion looks at, or in any batch.
+STOPPING = ("--stop-at-loss", 1.5, "--schedule", "constant", "--epochs", 60, "--lr", 1e-2, "--train-subset", 257)
+SINGLE = ("--batch-size", 1, "--train-subset", 5, "--amp", "fp16", "--epochs", 2)
+AUGMENTED = ("--augment", "basic", "--epochs", 2, "--srr-reg", 0.01)
+
+
+@pytest.mark.parametrize(
+    "flags, runs",
+    [
+        pytest.param(SWEEP, 8, id="sweep"),
+        pytest.param(AUGMENTED, 1, id="augmented", marks=pytest.mark.slow),
+        pytest.param(STOPPING, 1, id="stopping", marks=pytest.mark.slow),
+        pytest.param(SINGLE, 1, id="single", marks=pytest.mark.slow),
+    ],
+)
+def test_weights_equal_those_of_one_process(tmp_path, flags, runs, faults):
+    two, one = start(tmp_path / "two", *flags), start(tmp_path / "one", *flags, launcher=(sys.executable,))
+    assert (two.wait(120), one.wait(120)) == (0, 0), text_of(tmp_path / "two") + text_of(tmp_path / "one")
+    assert "and 1 other processes" in text_of(tmp_path / "two")
+    folders = sorted(path.parent for path in tmp_path.glob("one/*/result.json"))
+    assert len(folders) == runs
+    for folder in folders:
+        a, b = (load_checkpoint(path / "last.pt") for path in (folder, tmp_path / "two" / folder.name))
+        assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
+        for key, weight in a["model"].items():
+            torch.testing.assert_close(b["model"][key], weight, rtol=0, atol=1e-5, msg=lambda m: f"{folder} {key}: {m}")
+        (_, result), (_, result2) = finished_run(folder), finished_run(tmp_path / "two" / folder.name)
+        for key in ("train_loss", "val_loss", "train_accuracy", "val_accuracy"):
+            assert result2[key] == pytest.approx(result[key], abs=1e-4)
+        for row, row2 in zip(a["rows"], b["rows"], strict=True):
+            numbers, numbers2 = ({k: v for k, v in r.items() if isinstance(v, float) and k != "seconds"} for r in (row, row2))
+            assert numbers2 == pytest.approx(numbers, abs=2e-3)
+        faults("two processes for a model, instead of one", 1, "weights equal to 1e-5")
 
 
 def children(pid):
     return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_rank_dies_and_the_job_is_resumed(tmp_path, faults):
     flags = ("--epochs", 60, "--dropout", 0.1, "--srr-reg", 0.01, "--srr-layer", "random", "--log-srr-every", 0)
     whole = start(tmp_path / "whole", *flags)
@@ -93,6 +98,7 @@ def test_a_rank_dies_and_the_job_is_resumed(tmp_path, faults):
     faults("SIGTERM to torchrun", 1, "all ranks save the same step; resumed, bit for bit the same")
 
 
+@pytest.mark.slow
 def test_other_number_of_processes_is_refused(tmp_path):
     """Dropout draws other masks on two processes than on one."""
     assert start(tmp_path / "out", "--epochs", 1, launcher=(sys.executable,)).wait(60) == 0

@@ -100,7 +100,11 @@ def refused(code, text, *words):
     assert_refused((code, "", text), *words)
 
 
-@pytest.mark.parametrize("name", RUNS)
+def slow_but(quick, names):
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", slow_but(("crate", "fp16", "until the loss is low"), RUNS))
 def test_killed_at_random(tmp_path, whole, name, faults):
     flags, kills, draw = RUNS[name], 0, random.Random(name)
     expected, seconds = whole(*flags)
@@ -118,7 +122,7 @@ def test_killed_at_random(tmp_path, whole, name, faults):
     faults("SIGKILL at a random moment", kills, "resumed, bit for bit the same")
 
 
-@pytest.mark.parametrize("point", ["half", "before", "after"])
+@pytest.mark.parametrize("point", slow_but(("half",), ("half", "before", "after")))
 def test_killed_inside_each_write(tmp_path, whole, point, faults):
     flags = ("--epochs", 2, *SRR)
     expected, _ = whole(*flags)
@@ -137,7 +141,7 @@ def test_killed_inside_each_write(tmp_path, whole, point, faults):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("name", ["crate", "fp16", "augmented", "until the loss is low"])
+@pytest.mark.parametrize("name", slow_but(("crate",), ("crate", "fp16", "augmented", "until the loss is low")))
 def test_signals_save_the_step(tmp_path, whole, name, number, faults):
     flags, draw, tries, inside = RUNS[name], random.Random(f"{name} {number}"), 0, 0
     expected, seconds = whole(*flags)
@@ -163,7 +167,7 @@ def test_signals_save_the_step(tmp_path, whole, name, number, faults):
     faults(f"{number.name}, to the process or its group", tries, f"exit code {128 + number}, goes on after the same step")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", slow_but((signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)))
 def test_signals_to_a_sweep(tmp_path, whole, number, faults):
     flags = ("--epochs", 300, "--seed", 0, 1, "--log-srr-every", 0)
     command = [sys.executable, "train.py", *SMALL, *flags, "--jobs", 2, "--out", tmp_path]
@@ -179,6 +183,7 @@ def test_signals_to_a_sweep(tmp_path, whole, number, faults):
     faults(f"{number.name} to a sweep of two processes", 1, "both saved, all ended")
 
 
+@pytest.mark.slow
 def test_killed_process_of_a_sweep(tmp_path, faults):
     flags = ("--epochs", 40, "--seed", 0, 1, 2, "--log-srr-every", 0, *SRR)
     command = [sys.executable, "train.py", *SMALL, *flags, "--jobs", 2, "--out", tmp_path / "cut"]
@@ -304,6 +309,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_foreign_checkpoints(tmp_path, finished, script, name, faults):
     shutil.copytree(finished, tmp_path / "runs")
     (folder,) = tmp_path.glob("runs/*_s0")
