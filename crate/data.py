@@ -235,6 +235,9 @@ class AugmentedBatches:
         order = epoch_order(len(self.data.train_labels), self.seed, epoch).split(self.batch_size)
         self.plan[:] = [(self.seed, epoch, index[RANK::WORLD]) for index in order[start:]]
         device = self.data.train_labels.device
-        for images, index in self.loader:
-            images, index = images.to(device, non_blocking=True), index.to(device, non_blocking=True)
-            yield self.data.normalise(images), self.data.train_labels[index]
+        try:
+            for images, index in self.loader:
+                images, index = images.to(device, non_blocking=True), index.to(device, non_blocking=True)
+                yield self.data.normalise(images), self.data.train_labels[index]
+        except (EOFError, ConnectionError):  # the loader itself notices most deaths, but not one in the middle of a batch
+            raise RuntimeError("a worker process that augments images died")
