@@ -23,18 +23,20 @@ FREE_TO_CHANGE = {"device", "data_dir", "save_every", "versions", "commit", "com
 def run_name(config):
     """The run folder's name: every flag that may take several values."""
     name = "{model}_d{width}_L{depth}_b{batch_size}_lr{lr:g}_p{dropout:g}".format(**config)
-    name += (f"_wd{config['weight_decay']:g}" if config["weight_decay"] else "") + (
-        f"_hold{config['hold_out']:g}" if config["hold_out"] else ""
-    )
+    if config["weight_decay"]:
+        name += "_wd{weight_decay:g}".format(**config)
+    if config["hold_out"]:
+        name += "_hold{hold_out:g}".format(**config)
     if config["srr_reg"]:
         name += "_eta{srr_reg:g}_{srr_layer}".format(**config) + "_l1" * (config["srr_sparsity"] == "l1")
-    return name + f"_s{config['seed']}" + (f"_stop{config['stop_at_loss']:g}" if config["stop_at_loss"] else "")
+    name += "_s{seed}".format(**config)
+    return name + "_stop{stop_at_loss:g}".format(**config) if config["stop_at_loss"] else name
 
 
 def expand(base, sweep):
-    """The configs of a sweep, {name: config}. sweep: the values of each of AXES; base: everything else."""
+    """The configs of a sweep, {name: config}. sweep: the values of each of AXES, where missing that of `base`, as all else."""
     configs = {}
-    for combination in itertools.product(*(sweep[axis] for axis in AXES)):
+    for combination in itertools.product(*(sweep.get(axis, [base[axis]]) for axis in AXES)):
         config = base | dict(zip(AXES, combination)) | {"sweep": sweep}
         if not config["srr_reg"]:  # the run is the same whatever its SRR flags say
             config |= {"srr_layer": DEFAULTS["srr_layer"], "srr_sparsity": DEFAULTS["srr_sparsity"]}
