@@ -62,7 +62,11 @@ grid() { # the models of Section 5, stopped at a train cross-entropy of 0.01 (Ta
   train --model $models --width $widths --batch-size $batches --lr $rates --dropout $dropouts \
     --epochs $epochs --schedule constant --augment none --stop-at-loss 0.01 --log-srr-every 0 "$@"
 }
-measure() { go measure.py $runs/*_stop0.01 --only --out "$results/measures.csv" --jobs "$JOBS"; }
+measure() { # what is published in these tables goes: they hold the runs at hand, and those only
+  go measure.py $runs/*_stop0.01 --only --out "$results/measures.csv" --jobs "$JOBS"
+  # SRR alone of the models of Sections 4.3 and 6; of a standard transformer with query, key and value matrix in the place of U
+  go measure.py $runs/*_p0_s[0-4] --only --groups srr --out "$results/srr.csv" --jobs "$JOBS"
+}
 correlate_both() { # at the same time: each takes one core
   (correlate --gap gap --out "$results/correlation"; exit $status) & first=$!
   correlate --gap gap_accuracy --out "$results/correlation_accuracy"
@@ -116,8 +120,6 @@ for stage in $stages; do
       train --model $models crate-e --depth 2 8 12 16 --seed 0 1 2
       grid --seed 1
       [ -z "$dry" ] || continue
-      # SRR of a standard transformer, with its query, key and value matrices in the place of U.
-      go measure.py $runs/*_p0_s[0-4] --only --groups srr --out "$results/srr.csv" --jobs "$JOBS"
       measure
       correlate_both
       report
