@@ -108,6 +108,7 @@ def test_other_number_of_processes_is_refused(tmp_path):
     assert "processes is 1 there but 2 now; match --nproc-per-node" in text_of(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_jobs_and_torchrun(tmp_path):
     assert start(tmp_path / "out", "--jobs", 2).wait(60) != 0
     assert "--jobs: torchrun" in text_of(tmp_path / "out")

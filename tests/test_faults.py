@@ -57,6 +57,10 @@ RUNS |= {
 }
 
 
+def slow_but(quick, names):
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def outcome(out):
     """What must not change, of every run in the folder: log, weights, result, times aside."""
     runs = {}
@@ -100,11 +104,7 @@ def refused(code, text, *words):
     assert_refused((code, "", text), *words)
 
 
-def slow_but(quick, names):
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("name", slow_but(("crate", "fp16", "until the loss is low"), RUNS))
+@pytest.mark.parametrize("name", slow_but(("crate",), RUNS))
 def test_killed_at_random(tmp_path, whole, name, faults):
     flags, kills, draw = RUNS[name], 0, random.Random(name)
     expected, seconds = whole(*flags)
@@ -140,7 +140,7 @@ def test_killed_inside_each_write(tmp_path, whole, point, faults):
     faults("SIGKILL inside a write (half written, whole, renamed)", writes - 1, "resumed, bit for bit the same")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", slow_but((signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)))
 @pytest.mark.parametrize("name", slow_but(("crate",), ("crate", "fp16", "augmented", "until the loss is low")))
 def test_signals_save_the_step(tmp_path, whole, name, number, faults):
     flags, draw, tries, inside = RUNS[name], random.Random(f"{name} {number}"), 0, 0
@@ -199,7 +199,14 @@ def test_killed_process_of_a_sweep(tmp_path, faults):
     faults("a process of a sweep killed", 1, "its run went on in a new one, bit for bit the same")
 
 
-@pytest.mark.parametrize("limit, file", [(1000, "config.json"), (4000, "init.pt"), (40_000, "last.pt")])
+@pytest.mark.parametrize(
+    "limit, file",
+    [
+        (40_000, "last.pt"),
+        pytest.param(1000, "config.json", marks=pytest.mark.slow),
+        pytest.param(4000, "init.pt", marks=pytest.mark.slow),
+    ],
+)
 def test_disk_full(tmp_path, whole, limit, file, faults):
     flags = ("--epochs", 2, *SRR)
     expected, _ = whole(*flags)
@@ -210,7 +217,7 @@ def test_disk_full(tmp_path, whole, limit, file, faults):
     faults("disk full (limit on a file's size)", 1, "exit code 2, names the file; goes on when there is room")
 
 
-@pytest.mark.parametrize("what", ["out", "run"])
+@pytest.mark.parametrize("what", slow_but(("run",), ("out", "run")))
 def test_read_only_folder(tmp_path, whole, what, faults):
     flags = ("--epochs", 2, *SRR)
     expected, _ = whole(*flags)
@@ -393,7 +400,7 @@ def test_clock_changes(tmp_path, whole, faults):
 
 
 @pytest.mark.parametrize("flags", [("--epochs", 4, *SRR), ("--epochs", 4, "--amp", "fp16", "--dropout", 0.1)])
-@pytest.mark.parametrize("step", [1, 8, 20])
+@pytest.mark.parametrize("step", slow_but((8,), (1, 8, 20)))
 def test_nan_in_a_batch(tmp_path, whole, flags, step, faults):
     expected, _ = whole(*flags)
     code, text = Script("train", *SMALL, *flags, "--out", tmp_path, output=tmp_path / "text", fault=NanInBatch(step)).wait()
@@ -404,7 +411,7 @@ def test_nan_in_a_batch(tmp_path, whole, flags, step, faults):
     faults("NaN in a batch", 1, "exit code 2, names epoch and step; goes on from the epoch before")
 
 
-@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("batch", slow_but((7,), (1, 7)))
 def test_augmentation_worker_dies(tmp_path, whole, batch, faults):
     expected, _ = whole(*AUGMENTED)
     script = Script("train", *SMALL, *AUGMENTED, "--out", tmp_path, output=tmp_path / "text", fault=DyingLoader(batch))
@@ -441,6 +448,7 @@ def test_resumed_runs_get_the_threads_they_had(tmp_path, script, monkeypatch):
     assert threads == [2]
 
 
+@pytest.mark.slow
 def test_shards(tmp_path, script, faults):
     """The union of the shards is the sweep; a shard started twice, even at once, does no harm."""
     sweep = (*SMALL, "--epochs", 1, "--model", "crate-c", "crate", "--seed", 0, 1, 2, "--lr", 1e-3, 2e-3)
