@@ -48,7 +48,7 @@ is slightly best, below PAC-Bayes flatness on dropout and model type.
 def collect(runs, results):
     """Write runs.csv (a row per finished run), layers.csv (layer-wise SRR by epoch) and operators.csv from the run folders.
 
-    The last two leave out the runs that only chose hyperparameters, and have 7 digits: float32 has no more.
+    The last two hold the unregularised runs alone, which the figures compare, with 7 digits: float32 has no more.
     """
     rows, layers, operators = [], [], []
 
@@ -62,7 +62,9 @@ def collect(runs, results):
         row |= {key: result[key] for key in RESULTS} | {"torch": config["versions"]["torch"]}
         row["processor"] = f"{config['versions']['processor']}, {config['versions']['cores']} cores"
         rows.append(row)
-        for line in path.with_name("log.jsonl").read_text().splitlines() if not config["hold_out"] else ():
+        if any(config[key] for key in ("hold_out", "srr_reg", "weight_decay", "dropout")):
+            continue
+        for line in path.with_name("log.jsonl").read_text().splitlines():
             epoch = json.loads(line)
             where = {"run": path.parent.name, "epoch": epoch["epoch"]}
             for images, key in (("train", "srr"), ("val", "srr_val")):
@@ -163,7 +165,8 @@ def depth_section(fixed, layers, results):
         for model, own in by_depth.items()
         if sum(map(bool, own.values())) > 1
     ]
-    plain = {row["run"]: row["depth"] for row in fixed if row["srr_reg"] == "0.0" and row["hold_out"] == "0.0"}
+    others = [key for key in tables.VARIED if key != "depth"]
+    plain = {row["run"]: row["depth"] for row in fixed if all(row[k] == tables.settings_of(row)[k] for k in others)}
     last = max((row["epoch"] for row in layers), default=0)
     rows = [
         row | {"depth": plain[row["run"]]}
