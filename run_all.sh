@@ -18,6 +18,7 @@ stages=${*:-$default}
 for stage in $stages; do
   case " $all " in *" $stage "*) ;; *) echo "run_all.sh: error: no stage '$stage'; choose from: $all" >&2; exit 2 ;; esac
 done
+case ${PRESET:-laptop} in laptop | fashion | paper) ;; *) echo "run_all.sh: error: PRESET=$PRESET: must be laptop, fashion or paper" >&2; exit 2 ;; esac
 case ${JOBS:-1} in *[!0-9]* | 0) echo "run_all.sh: error: JOBS=$JOBS: must be a whole number, at least 1" >&2; exit 2 ;; esac
 
 # The running Python if it has what requirements.txt names, else .venv, made on first use.
@@ -46,18 +47,26 @@ case $PRESET in
            seeds="0 1 2 3 4"; few="0 1 2"; layers="2 4"; train="2 h (an estimate)"; measure="5 min (an estimate)"; study="half a day (an estimate)" ;;
   paper)   data=cifar10;       widths="384 768"; batches="64 128"; rates="1e-4 3e-4";   dropouts="0 0.1";  epochs=300
            seeds="0 1 2"; few="0 1 2"; layers="2 4 6 8 10"; train="two days on one GPU (an estimate)"; measure="hours (an estimate)"; study="a week on one GPU (an estimate)" ;;
-  *) echo "run_all.sh: error: PRESET=$PRESET: must be laptop, fashion or paper" >&2; exit 2 ;;
 esac
 runs=runs/$PRESET
 results=results/$data
 # glibc's allocator gives memory back after every operation; asking for it again costs 5 to 20 % of a small model's time.
 export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 
-status=0
-go() { # a run that failed has been reported, and the others can still be used; but stop at an interrupt
-  "$python" "$@" || { status=$?; [ $status -lt 128 ] || exit $status; }
+status=0 children=""
+start() { "$python" "$@" & children="$children $!"; }
+finish() { # a run that failed has been reported, and the others can still be used; but stop at an interrupt
+  for child in $children; do wait "$child" || status=$?; done
+  children=""
+  [ $status -lt 128 ] || exit $status
 }
-train() { go train.py --preset "$PRESET" --jobs "$JOBS" $dry "$@"; }
+go() { start "$@"; finish; }
+trap 'kill -TERM $children 2>/dev/null || true; wait; exit 143' TERM # they save where they are
+trap 'wait; exit 130' INT                                           # the terminal has told them already
+train() {
+  go train.py --preset "$PRESET" --jobs "$JOBS" $dry "$@"
+  [ $status -eq 0 ] || ls $runs/*/result.json >/dev/null 2>&1 || { echo "run_all.sh: error: no run has finished" >&2; exit $status; }
+}
 grid() { # the models of Section 5, stopped at a train cross-entropy of 0.01 (Tables 1, 4, 5; Figs. 4, 6), and their measures
   train --model $models --width $widths --batch-size $batches --lr $rates --dropout $dropouts \
     --epochs $epochs --schedule constant --augment none --stop-at-loss 0.01 --log-srr-every 0 "$@"
@@ -67,16 +76,16 @@ measure() { # what is published in these tables goes: they hold the runs at hand
   # SRR alone of the models of Sections 4.3 and 6; of a standard transformer with query, key and value matrix in the place of U
   go measure.py $runs/*_p0_s[0-4] --only --groups srr --out "$results/srr.csv" --jobs "$JOBS"
 }
+correlate() { start correlate.py "$results/measures.csv" --hyperparameters model batch_size lr dropout --by width "$@"; }
 correlate_both() { # at the same time: each takes one core
-  (correlate --gap gap --out "$results/correlation"; exit $status) & first=$!
+  correlate --gap gap --out "$results/correlation"
   correlate --gap gap_accuracy --out "$results/correlation_accuracy"
-  wait $first || status=$?
+  finish
 }
 report() {
   go -m crate.report --runs "$runs" --results "$results"
   [ "$PRESET" != paper ] || go -m crate.report --runs runs/paper-cifar100 --results results/cifar100
 }
-correlate() { go correlate.py "$results/measures.csv" --hyperparameters model batch_size lr dropout --by width "$@"; }
 
 echo "== plan: preset $PRESET ($data), $JOBS processes"
 for stage in $stages; do
@@ -96,7 +105,7 @@ for stage in $stages; do
   began=$SECONDS
   case $stage in
     setup) "$python" -c 'import sys, torch, torchvision; print(f"python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.cuda.device_count()} GPUs")' ;;
-    attention) "$python" attention_only.py ;;
+    attention) go attention_only.py ;;
     train)
       grid
       # Section 6: cross-entropy against cross-entropy + SRR on the last layer (Table 2, Fig. 2) ...

@@ -72,7 +72,8 @@ def run(main):
     """Call `main()` and exit: with code 2 and one line on stderr for an InputError or a failed file operation, with 130 or
     143 and a line for SIGINT or SIGTERM."""
     name = Path(sys.argv[0]).name
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    # Of SIGINT too: a shell script starts what it puts into the background with SIGINT ignored.
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         code, message = main(), None
     except BrokenPipeError:  # `train.py | head`
@@ -84,9 +85,10 @@ def run(main):
         number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
         code, message = 128 + number, f"stopped by {number.name}; run the same command again to go on"
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     if message:
-        print(f"{name}: {message}", file=sys.stderr)
+        sys.stderr.write(f"{name}: {message}\n")  # in one piece, where several processes write
     sys.exit(code)
 
 
