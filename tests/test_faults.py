@@ -183,6 +183,26 @@ def test_signals_to_a_sweep(tmp_path, whole, number, faults):
     faults(f"{number.name} to a sweep of two processes", 1, "both saved, all ended")
 
 
+@pytest.mark.parametrize("number", slow_but((signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)))
+def test_signals_to_run_all(tmp_path, number, faults):
+    shutil.copy(ROOT / "run_all.sh", tmp_path)
+    for name in ("train.py", "crate"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    settings = {"PYTHON": sys.executable, "PRESET": "laptop", "JOBS": "2"}
+    with open(tmp_path / "text", "w") as stream:
+        shell = subprocess.Popen(
+            ["bash", "run_all.sh", "train"],
+            cwd=tmp_path, stdout=stream, stderr=stream, start_new_session=True, env=os.environ | settings,
+        )  # fmt: skip
+        wait_until(lambda: len(list(tmp_path.glob("runs/laptop/*/init.pt"))) == 2)
+        os.killpg(shell.pid, number) if number == signal.SIGINT else shell.send_signal(number)
+        code, text = shell.wait(30), (tmp_path / "text").read_text()
+    assert code == 128 + number and "Traceback" not in text, text
+    assert "run the same command again" in text.splitlines()[-1]
+    assert all(lock_holder(path.parent) is None for path in tmp_path.glob("runs/laptop/*/init.pt"))
+    faults(f"{number.name} to run_all.sh", 1, f"exit code {128 + number}, all processes ended")
+
+
 @pytest.mark.slow
 def test_killed_process_of_a_sweep(tmp_path, faults):
     flags = ("--epochs", 40, "--seed", 0, 1, 2, "--log-srr-every", 0, *SRR)
