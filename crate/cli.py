@@ -4,6 +4,7 @@ Imports no torch, so that `--help` and every complaint about a flag answer at on
 """
 
 import argparse
+import errno
 import math
 import os
 import signal
@@ -47,10 +48,10 @@ def _interrupt(number, frame):
 @contextmanager
 def deferred_signals():
     """Hold back SIGINT and SIGTERM: yields the list of those that came, and raises Interrupted at the end if there are any."""
-    received, previous = [], {}
-    if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, lambda number, frame: received.append(number))
+    received = []
+    # No other thread than the main one may set a handler.
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    previous = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}
     try:
         yield received
     finally:
@@ -94,16 +95,15 @@ def run(main):
 
 def number(kind, low=-math.inf, high=math.inf, *, above=-math.inf, below=math.inf):
     """An argparse `type`: a finite int or float in [low, high] and in (above, below)."""
+    bounds = {">=": low, ">": above, "<=": high, "<": below}
+    wanted = " and ".join(f"{sign} {bound}" for sign, bound in bounds.items() if math.isfinite(bound)) or "finite"
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}")
-        bounds = [f">= {low}" * (low > -math.inf), f"> {above}" * (above > -math.inf)]
-        bounds += [f"<= {high}" * (high < math.inf), f"< {below}" * (below < math.inf)]
-        if not (math.isfinite(value) and low <= value <= high and above < value < below):
-            wanted = " and ".join(filter(None, bounds)) or "finite"
+        if not (low <= value <= high and above < value < below and abs(value) < math.inf):
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {wanted}")
         return value
 
@@ -115,9 +115,8 @@ def output_folder(path, flag="--out"):
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path, os.W_OK | os.X_OK)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "no permission to write")
     except OSError as error:
         raise InputError(f"{flag} {path}: {error.strerror}; name a folder that can be written")
-    if not writable:
-        raise InputError(f"{flag} {path}: no permission to write; name a folder that can be written")
     return path

@@ -16,6 +16,7 @@ VARIANT_TABLE = {
 
 # name: (image size, channels, classes)
 DATASETS = {"digits": (8, 1, 10), "fashion-mnist": (28, 1, 10), "cifar10": (32, 3, 10), "cifar100": (32, 3, 100)}
+# name: (training images, validation images), known before anything is downloaded
 EXAMPLES = {"digits": (1437, 360), "fashion-mnist": (60_000, 10_000), "cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000)}
 
 # What a run is, unless a preset or a flag says otherwise. Settings of the paper; `None` is "off" or "native".
@@ -35,14 +36,7 @@ PRESETS = {
     "laptop": dict(dataset="digits", patch_size=2, width=48, depth=4, epochs=15, lr=2e-3, batch_size=64, log_srr_every=5),
     # Real photographs on a CPU: a fixed part of Fashion-MNIST, all its 10,000 validation images, a deeper model.
     "fashion": dict(
-        dataset="fashion-mnist",
-        train_subset=2000,
-        patch_size=7,
-        width=48,
-        depth=6,
-        epochs=20,
-        lr=2e-3,
-        batch_size=64,
-        log_srr_every=5,
+        dataset="fashion-mnist", train_subset=2000, patch_size=7, width=48, depth=6,
+        epochs=20, lr=2e-3, batch_size=64, log_srr_every=5,
     ),
-}
+}  # fmt: skip

@@ -8,10 +8,9 @@ import os
 import torch
 import torch.distributed as dist
 
-WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "MASTER_ADDR" in os.environ else 1  # the number of processes
-RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # on this machine: which GPU
-LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD)) if WORLD > 1 else 1
+JOB = os.environ if {"MASTER_ADDR", "WORLD_SIZE", "RANK"} <= os.environ.keys() else {}  # torchrun's description of the job
+WORLD, RANK = int(JOB.get("WORLD_SIZE", 1)), int(JOB.get("RANK", 0))  # how many processes there are, and which is this one
+LOCAL_WORLD, LOCAL_RANK = int(JOB.get("LOCAL_WORLD_SIZE", WORLD)), int(JOB.get("LOCAL_RANK", 0))  # the same on this machine
 
 
 def start():
@@ -35,20 +34,15 @@ def agree(value):
 
 def gather(value):
     """The values of all ranks, in a list, for all."""
-    values = [value]
+    values = [value] * WORLD
     if WORLD > 1:
-        values = [None] * WORLD
         dist.all_gather_object(values, value)
     return values
 
 
 def anywhere(flag):
     """Whether the flag is true on any rank. On the CPU: no GPU is waited for."""
-    if WORLD == 1:
-        return flag
-    count = torch.tensor(float(flag))
-    dist.all_reduce(count)
-    return bool(count)
+    return flag if WORLD == 1 else bool(total(torch.tensor(float(flag))))
 
 
 def total(tensor):

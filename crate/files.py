@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
 
@@ -64,14 +64,11 @@ def locked(folder):
 
 def lock_holder(folder):
     """Who holds `folder` ("host .., process .."), or None."""
-    try:
-        with open(Path(folder) / ".lock") as stream:
-            try:
-                fcntl.lockf(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                return stream.read().strip()
-    except FileNotFoundError:
-        return None
+    with suppress(FileNotFoundError), open(Path(folder) / ".lock") as stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return stream.read().strip()
 
 
 def read_json(path):
@@ -89,10 +86,10 @@ def read_json(path):
 
 def write_csv(path, rows):
     """Rows (dicts) as CSV; the columns are the union of the keys in order of first appearance; floats keep every digit."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, *([row.get(key, "") for key in columns] for row in rows)]
-    text = StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(lines)
+    text, columns = StringIO(newline=""), dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")  # what a row lacks is an empty cell
+    writer.writeheader()
+    writer.writerows(rows)
     write_text(path, text.getvalue())
 
 

@@ -11,12 +11,8 @@ import torch
 def provenance():
     """{"versions": {...}, "commit": str or None}, as config.json stores them."""
     processor = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "processor": processor,
-        "cores": os.cpu_count(),
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"processor": processor, "cores": os.cpu_count()}
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
         commit = git.stdout.strip() or None

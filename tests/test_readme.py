@@ -76,9 +76,7 @@ NOT_OF_A_RUN = {"--help", "--out", "--shard", "--jobs", "--dry-run", "--status"}
 
 
 def resolved(*arguments):
-    import torch
-
-    _, configs = train.resolve(train.make_parser().parse_args(["--preset", "laptop", "--srr-reg", "0.1", *arguments]), torch)
+    _, configs = train.resolve(train.make_parser().parse_args(["--preset", "laptop", "--srr-reg", "0.1", *arguments]))
     (config,) = configs.values()
     return config
 
