@@ -30,14 +30,14 @@ DIGITS = Path(__file__).with_name("digits.npz")
 DIGITS_SHA256 = "5fe13e34b3dd716db1281d456700d350f8628ee754b9c493869f197171b85f4b"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts its files
 FASHION_FILES = tuple(
-    f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-)  # fmt: skip
-CIFAR_FILES = {
+    f"{name}-ubyte.gz" for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+)
+FILES = {  # that a data set is read from, for the message that they are missing
+    "digits": DIGITS,
+    "fashion-mnist": ", ".join(FASHION_FILES),
     "cifar10": "cifar-10-batches-py/ (batches.meta, data_batch_1 to 5, test_batch)",
     "cifar100": "cifar-100-python/ (meta, train, test)",
 }
-
-
 ORDER, AUGMENTATION, DROPOUT = range(3)  # what a seed is for
 
 
@@ -106,17 +106,16 @@ def _idx(path):
         raise InputError(f"{path}: not a gzipped IDX file of bytes; delete it, and it is downloaded again")
 
 
-def _cifar(name):
-    def load(data_dir):
-        from torchvision.datasets import CIFAR10, CIFAR100
+def _cifar(kind, data_dir):
+    from torchvision import datasets
 
-        parts = [{"cifar10": CIFAR10, "cifar100": CIFAR100}[name](data_dir, train, download=True) for train in (True, False)]
-        return [array for part in parts for array in (part.data.transpose(0, 3, 1, 2), np.array(part.targets))]
-
-    return load
+    parts = [getattr(datasets, kind)(data_dir, train, download=True) for train in (True, False)]
+    return [array for part in parts for array in (part.data.transpose(0, 3, 1, 2), np.array(part.targets))]
 
 
-LOADERS = {"digits": _digits, "fashion-mnist": _fashion_mnist, "cifar10": _cifar("cifar10"), "cifar100": _cifar("cifar100")}
+# name: function of the folder that returns training images, training labels, validation images, validation labels
+LOADERS = {"digits": _digits, "fashion-mnist": _fashion_mnist}
+LOADERS |= {name: functools.partial(_cifar, name.upper()) for name in ("cifar10", "cifar100")}
 
 
 @functools.lru_cache(1)  # the runs of a grid share it
@@ -133,9 +132,9 @@ def load_data(name, data_dir="data", *, image_size=None, train_subset=None, hold
     try:
         arrays = LOADERS[name](Path(data_dir))
     except (OSError, RuntimeError, HTTPException, tarfile.TarError, zlib.error, EOFError) as error:  # no network, a broken file
-        files = ", ".join(FASHION_FILES) if name == "fashion-mnist" else CIFAR_FILES.get(name, DIGITS)
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"--data-dir {data_dir}: {name} is not there ({reason}); put {files} there, or use --dataset digits")
+        missing = f"--data-dir {data_dir}: {name} is not there ({reason})"
+        raise InputError(f"{missing}; put {FILES[name]} there, or use --dataset digits")
     images, labels, val_images, val_labels = (torch.from_numpy(np.array(array)) for array in arrays)
     if train_subset is not None:
         if train_subset > len(labels):
@@ -147,12 +146,8 @@ def load_data(name, data_dir="data", *, image_size=None, train_subset=None, hold
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
         if not 0 < held < len(labels):
             raise InputError(f"--hold-out {hold_out}: leaves {held} of {len(labels)} training images to validate on")
-        val_images, val_labels, images, labels = (
-            images[order[:held]],
-            labels[order[:held]],
-            images[order[held:]],
-            labels[order[held:]],
-        )
+        val_images, images = images[order].tensor_split([held])
+        val_labels, labels = labels[order].tensor_split([held])
     size, channels, _ = DATASETS[name]
     images, val_images = (x.view(-1, channels, size, size).byte() for x in (images, val_images))
     std, mean = (x[:, None, None].to(device) for x in torch.std_mean(images.float() / 255, (0, 2, 3)))

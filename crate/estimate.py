@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from crate.config import EXAMPLES
 from crate.model import build_model
 from crate.srr import add_srr_gradients
+from crate.training import srr_layers
 
 FLOP_PER_SECOND = {"bf16": 400e12, "fp16": 400e12, "off": 40e12}
 BYTES_PER_SECOND, LAUNCH = 2.5e12, 5e-6  # of memory; seconds that starting a kernel takes
@@ -20,15 +21,16 @@ AUGMENTATION = 0.5e-3 / 8  # seconds an image, with eight workers
 
 
 @functools.cache
-def _counted(srr, batch, name, **sizes):
-    """Floating-point operations of one training step, counted by running it on the CPU."""
+def _counted(regularised, batch, name, **sizes):
+    """Floating-point operations of one training step, counted by running it on the CPU. regularised: "last", "all" or None."""
     model = build_model(name, **sizes).train()
     images = torch.zeros(batch, sizes["channels"], sizes["image_size"], sizes["image_size"])
     with FlopCounterMode(display=False) as counter:
-        logits, outputs = model.forward_with_outputs(images) if srr else (model(images), None)
-        if srr:
-            layers = range(sizes["depth"]) if srr == "all" else [sizes["depth"] - 1]
-            add_srr_gradients(model, outputs, layers, 1.0)
+        if regularised:
+            logits, outputs = model.forward_with_outputs(images)
+            add_srr_gradients(model, outputs, srr_layers(regularised, sizes["depth"], 1)[0], 1.0)
+        else:
+            logits = model(images)
         logits.sum().backward()
     return counter.get_total_flops()
 
@@ -36,10 +38,10 @@ def _counted(srr, batch, name, **sizes):
 def step_flop(config):
     """Floating-point operations of a training step, linear in the batch and in the depth: out of counts of 1 and 2 each."""
     sizes = {key: config[key] for key in ("image_size", "patch_size", "channels", "classes", "width", "heads")}
-    srr = config["srr_layer"] if config["srr_reg"] else None
+    regularised = ("all" if config["srr_layer"] == "all" else "last") if config["srr_reg"] else None
 
     def of_depth(depth):
-        one, two = (_counted(srr if srr == "all" else bool(srr), n, config["model"], depth=depth, **sizes) for n in (1, 2))
+        one, two = (_counted(regularised, images, config["model"], depth=depth, **sizes) for images in (1, 2))
         return one + (config["batch_size"] - 1) * (two - one)  # ISTA's matrix is made once a step, all else once an image
 
     return of_depth(1) + (config["depth"] - 1) * (of_depth(2) - of_depth(1))

@@ -56,8 +56,8 @@ def resolve(arguments):
         try:
             with torch.device("meta"):
                 config["parameters"] = sum(p.numel() for p in model_from_config(config).parameters())
-        except RuntimeError as error:
-            raise InputError(f"{name}: no such model can be made ({one_line(error)}); choose a smaller one")
+        except (RuntimeError, TypeError):  # a size that overflows
+            raise InputError(f"{name}: no tensor can be as large as this model's; choose smaller sizes")
     return preset, configs
 
 

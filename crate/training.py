@@ -16,7 +16,7 @@ from crate import distributed
 from crate.checkpoint import load_weights, save_checkpoint
 from crate.cli import InputError, Interrupted, deferred_signals, one_line
 from crate.data import DROPOUT, AugmentedBatches, batches, data_of, mixed_seed
-from crate.distributed import RANK, WORLD
+from crate.distributed import LOCAL_RANK, RANK, WORLD
 from crate.files import locked, write_json, write_text
 from crate.model import model_from_config
 from crate.runs import check_config, config_sha256, finished_run, identity
@@ -25,7 +25,9 @@ from crate.srr import add_srr_gradients, layer_srr, operator_rates
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SRR_IMAGES = 512  # layer-wise SRR is logged on the first so many training and validation images
 # Below a loss of x the stopping criterion is checked n times an epoch, so that fast runs don't overshoot (RGM's rule).
-CHECKS_PER_EPOCH = ((0.015, 8), (0.025, 4), (0.05, 2), (math.inf, 1))
+CHECKS_PER_EPOCH = ((0.015, 8), (0.025, 4), (0.05, 2))
+# What last.pt holds of a Run besides its weights, optimizer and scaler.
+STATE = ("epoch", "step", "train_loss", "rows", "hardest_first", "partial")
 
 
 def learning_rate(step, total_steps, initial, schedule):
@@ -35,8 +37,12 @@ def learning_rate(step, total_steps, initial, schedule):
 
 def resolve_device(name):
     """The device of the flag's value; "auto" is CUDA where present, else the CPU. Raises InputError where there is no such."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and WORLD > 1:  # a GPU for each process
+        name = f"cuda:{LOCAL_RANK}"
     try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(name)
         torch.zeros(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
@@ -51,7 +57,8 @@ def resolve_amp(amp, device):
         amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
     if amp != "off":
         try:
-            torch.ones(2, 2, dtype=AMP_DTYPES[amp], device=device) @ torch.ones(2, 2, dtype=AMP_DTYPES[amp], device=device)
+            ones = torch.ones(2, 2, dtype=AMP_DTYPES[amp], device=device)
+            ones @ ones
         except RuntimeError:
             raise InputError(f"--amp {amp}: {device} has no support for it; use --amp off")
     return amp
@@ -71,10 +78,9 @@ def evaluate(model, data, images, labels, chunk=256):
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=labels.device)
     for part, truth in zip(images[RANK::WORLD].split(chunk), labels[RANK::WORLD].split(chunk)):
-        if not len(part):  # fewer images than ranks
-            continue
-        logits = model(data.resize(part))
-        sums += torch.stack([F.cross_entropy(logits.double(), truth, reduction="sum"), (logits.argmax(1) == truth).sum()])
+        if len(part):  # else there are fewer images than ranks
+            logits = model(data.resize(part))
+            sums += torch.stack([F.cross_entropy(logits.double(), truth, reduction="sum"), (logits.argmax(1) == truth).sum()])
     loss, accuracy = (distributed.total(sums) / len(labels)).tolist()
     return loss, accuracy
 
@@ -89,11 +95,9 @@ class Run:
         torch.manual_seed(config["seed"])
         self.model = model_from_config(config).to(self.device)
         # Adam; weight decay, if any, is decoupled (AdamW) and on matrices alone.
-        matrices = [p for p in self.model.parameters() if p.ndim == 2]
+        matrices = {"params": [p for p in self.model.parameters() if p.ndim == 2], "weight_decay": config["weight_decay"]}
         others = {"params": [p for p in self.model.parameters() if p.ndim != 2], "weight_decay": 0.0}
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices}, others], lr=config["lr"], weight_decay=config["weight_decay"], fused=True
-        )
+        self.optimizer = torch.optim.AdamW([matrices, others], lr=config["lr"], fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config["amp"] == "fp16")
         self.epoch = self.step = 0
         self.train_loss = math.inf  # cross-entropy over the training set at the last check of the stopping criterion
@@ -109,10 +113,9 @@ class Run:
             functorch_config.donated_buffer = False
             for layer in self.model.layers:  # in place: the checkpoint's names stay those of the plain module
                 layer.compile()
-        if config["augment"] == "basic":
-            self.batches = AugmentedBatches(self.data, config["batch_size"], config["seed"]).epoch
-        else:
-            self.batches = functools.partial(batches, self.data, config["batch_size"], config["seed"])
+        settings = self.data, config["batch_size"], config["seed"]
+        augmented = config["augment"] == "basic"
+        self.batches = AugmentedBatches(*settings).epoch if augmented else functools.partial(batches, *settings)
 
     @property
     def reached_target(self):
@@ -131,9 +134,9 @@ class Run:
             try:
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.scaler.load_state_dict(state["scaler"])
-                self.epoch, self.step, self.train_loss = state["epoch"], state["step"], state["train_loss"]
-                self.rows, self.partial = state["rows"], state["partial"]
-                self.hardest_first = state["hardest_first"].to(self.device)
+                for name in STATE:
+                    setattr(self, name, state[name])
+                self.hardest_first = self.hardest_first.to(self.device)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise InputError(f"{last}: no checkpoint to go on from ({error}); delete it to start the run again")
         else:
@@ -143,12 +146,8 @@ class Run:
             write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def save(self):
-        state = {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch, "step": self.step, "train_loss": self.train_loss, "rows": self.rows,
-            "hardest_first": self.hardest_first, "partial": self.partial,
-        }  # fmt: skip
-        self.write("last.pt", state)
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
+        self.write("last.pt", parts | {name: getattr(self, name) for name in STATE})
 
     def write(self, name, content):
         if RANK == 0:
@@ -208,23 +207,19 @@ class Run:
         self.step += 1
         return result
 
-    def random_state(self):
-        states = [torch.get_rng_state()]
-        return states + [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else states
-
     def begin_epoch(self):
         """Count the epoch, or return to the one that a signal stopped. Returns what it has so far (as in `partial`: how often
         the stopping criterion is checked, results of the steps, seconds) and the layers that each of its steps regularises.
 
         Dropout and random layers are functions of (seed, epoch), dropout of the rank too.
         """
-        if self.partial is None:
+        partial, self.partial = self.partial, None
+        if partial is None:
             self.epoch += 1
-            checks = next(n for below, n in CHECKS_PER_EPOCH if self.train_loss < below or below == math.inf)
+            checks = next((n for below, n in CHECKS_PER_EPOCH if self.train_loss < below), 1)
             partial = {"checks": checks, "steps": [], "seconds": 0.0}
-        else:
-            partial, self.partial = self.partial, None
-        torch.manual_seed(mixed_seed(DROPOUT, self.config["seed"], self.epoch))
+        seeds = DROPOUT, self.config["seed"], self.epoch
+        torch.manual_seed(mixed_seed(*seeds))
         layers = srr_layers(self.config["srr_layer"], self.config["depth"], self.steps_per_epoch)
         if "random" in partial:
             cpu, *cuda = partial["random"][RANK]
@@ -232,7 +227,7 @@ class Run:
             for state in cuda:
                 torch.cuda.set_rng_state(state, self.device)
         elif RANK:
-            torch.manual_seed(mixed_seed(DROPOUT, self.config["seed"], self.epoch, RANK))
+            torch.manual_seed(mixed_seed(*seeds, RANK))
         return partial, layers
 
     def train_epoch(self, bar, stop=()):
@@ -240,9 +235,10 @@ class Run:
 
         Returns whether it was stopped. Nothing in it waits for the device but the stopping criterion.
         """
-        started, config, size = time.perf_counter(), self.config, self.config["batch_size"]
+        started, size, target = time.perf_counter(), self.config["batch_size"], self.config["stop_at_loss"]
         partial, layers = self.begin_epoch()
-        check_at = {math.ceil(self.steps_per_epoch * (i + 1) / partial["checks"]) for i in range(partial["checks"])}
+        checks = 0 if target is None else partial["checks"]
+        check_at = {math.ceil(self.steps_per_epoch * (i + 1) / checks) for i in range(checks)}
         self.model.train()
         steps = [step.to(self.device) * (RANK == 0) for step in partial["steps"]]  # sums over the ranks
         stopped, total = False, len(self.data.train_labels)
@@ -252,9 +248,9 @@ class Run:
             except ValueError as error:  # from the coding rates
                 self.fail(self.step + 1, error)
             bar.update()
-            if config["stop_at_loss"] is not None and i + 1 in check_at:
+            if i + 1 in check_at:
                 # How far above the target it is matters at the epoch's end alone, and up to 0.05: that decides the checks.
-                enough = config["stop_at_loss"] if i + 1 < self.steps_per_epoch else max(config["stop_at_loss"], 0.05)
+                enough = target if i + 1 < self.steps_per_epoch else max(target, 0.05)
                 self.train_loss = self.training_loss(enough)
                 self.model.train()
                 if self.reached_target:
@@ -269,15 +265,16 @@ class Run:
             i = int(finite.logical_not().nonzero()[0])
             self.fail(self.step - len(steps) + i + 1, f"the loss is {losses[i] + srr[i]}")
         if stopped and len(steps) < self.steps_per_epoch:
-            random = distributed.gather(self.random_state())
+            states = [torch.get_rng_state()]
+            if self.device.type == "cuda":
+                states.append(torch.cuda.get_rng_state(self.device))
             seconds = partial["seconds"] + time.perf_counter() - started
-            self.partial = partial | {"steps": sums, "random": random, "seconds": seconds}
+            self.partial = partial | {"steps": sums, "random": distributed.gather(states), "seconds": seconds}
             return True
         means = {"train_loss": losses.mean().item(), "train_accuracy": correct.sum().item() / min(total, len(steps) * size)}
-        if config["srr_reg"]:
+        if self.config["srr_reg"]:
             means["train_srr"] = srr.mean().item()
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.log(started - partial["seconds"], **means, lr=lr)
+        self.log(started - partial["seconds"], **means, lr=self.optimizer.param_groups[0]["lr"])
         bar.set_postfix(loss=f"{means['train_loss']:.4f}", val=f"{100 * self.rows[-1]['val_accuracy']:.1f}%")
         return stopped
 
@@ -342,9 +339,8 @@ def train(config, folder, show_progress=True):
         try:
             run = Run(config, folder)
             run.start()
-            with tqdm(
-                total=run.total_steps, initial=run.step, desc=folder.name, unit="step", disable=not show_progress, leave=False
-            ) as bar:
+            progress = dict(total=run.total_steps, initial=run.step, desc=folder.name, unit="step", leave=False)
+            with tqdm(**progress, disable=not show_progress) as bar:
                 saved = time.monotonic()
                 while not run.finished:
                     stopped = run.train_epoch(bar, stop)
