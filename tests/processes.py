@@ -3,6 +3,7 @@ has torch loaded, so that each starts in a tenth of a second and can be killed."
 
 import ctypes
 import importlib
+import itertools
 import multiprocessing
 import os
 import resource
@@ -31,14 +32,15 @@ def _child(script, arguments, output, fault):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [f"{script}.py", *map(str, arguments)]
     if fault:
-        fault()
+        function, *its_arguments = fault
+        function(*its_arguments)
     run(importlib.import_module(script).main)
 
 
 class Script:
-    """A started script; `fault` is called in its process before it begins."""
+    """A started script; `fault`, a function and its arguments, is called in its process before it begins."""
 
-    def __init__(self, script, *arguments, output, fault=None):
+    def __init__(self, script, *arguments, output, fault=()):
         self.output = Path(output)
         self.process = CONTEXT.Process(target=_child, args=(script, arguments, str(output), fault))
         self.process.start()
@@ -68,98 +70,78 @@ def wait_until(condition, seconds=60):
         time.sleep(0.01)
 
 
-# Faults, as classes because they travel to another process.
+# Faults: called in the script's process before it begins, with the arguments that follow them in `fault`.
 
 
-class KillAtWrite:
-    """The n-th write of a file ends in SIGKILL: half written, whole but not renamed, or just renamed."""
+def kill_at_write(n, point):
+    """The n-th write of a file ends in SIGKILL: half written, whole but not renamed ("before"), or just renamed."""
+    fsync, replace, writes = os.fsync, os.replace, itertools.count(1)
+    current = None
 
-    def __init__(self, n, point):
-        self.left, self.point = n, point
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    def __call__(self):
-        fsync, replace = os.fsync, os.replace
+    def fsync_or_die(descriptor):
+        nonlocal current
+        current = next(writes)
+        if current == n and point == "half":
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+            die()
+        fsync(descriptor)
 
-        def die():
-            os.kill(os.getpid(), signal.SIGKILL)
+    def replace_or_die(source, target):
+        if current == n and point == "before":
+            die()
+        replace(source, target)
+        if current == n:
+            die()
 
-        def fsync_or_die(descriptor):
-            self.left -= 1
-            if self.left == 0 and self.point == "half":
-                os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
-                die()
-            fsync(descriptor)
-
-        def replace_or_die(source, target):
-            if self.left == 0 and self.point == "before":
-                die()
-            replace(source, target)
-            if self.left == 0:
-                die()
-
-        os.fsync, os.replace = fsync_or_die, replace_or_die
+    os.fsync, os.replace = fsync_or_die, replace_or_die
 
 
-class FileSizeLimit:
+def limit_file_size(size):
     """No file may grow beyond so many bytes, as on a disk that is full."""
-
-    def __init__(self, limit):
-        self.limit = limit
-
-    def __call__(self):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.limit))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-class Unprivileged:
+def give_up_privileges():
     """Give up root's capabilities, so that file permissions bind it as they bind anybody."""
-
-    def __call__(self):
-        version, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-        assert ctypes.CDLL(None).capset(version, nothing) == 0
+    version, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(version, nothing) == 0
 
 
-class NanInBatch:
+def nan_in_batch(n):
     """The images of training step n are not numbers."""
+    real = training.Run.train_step
 
-    def __init__(self, n):
-        self.n = n
+    def step(run, images, *rest):
+        return real(run, images * (float("nan") if run.step + 1 == n else 1.0), *rest)
 
-    def __call__(self):
-        real = training.Run.train_step
-
-        def step(run, images, *rest):
-            return real(run, images * (float("nan") if run.step + 1 == self.n else 1.0), *rest)
-
-        training.Run.train_step = step
+    training.Run.train_step = step
 
 
-class DyingLoader:
+def forget_an_error():
+    """A training step raises what nobody foresaw."""
+
+    def step(run, *rest):
+        raise KeyError("unforeseen")
+
+    training.Run.train_step = step
+
+
+def kill_loader(n):
     """The process that augments images dies at its n-th batch."""
+    real, batches = data._Augmentation.__getitem__, itertools.count(1)
 
-    def __init__(self, n):
-        self.n = n
+    def item(augmentation, index):
+        if next(batches) == n:
+            os._exit(1)
+        return real(augmentation, index)
 
-    def __call__(self):
-        real = data._Augmentation.__getitem__
-
-        def item(augmentation, index):
-            self.n -= 1
-            if self.n == 0:
-                os._exit(1)
-            return real(augmentation, index)
-
-        data._Augmentation.__getitem__ = item
+    data._Augmentation.__getitem__ = item
 
 
-class WildClock:
+def unsettle_clock():
     """The time of day jumps by years, back and forth."""
-
-    def __call__(self):
-        jumps = [1e9, -1e9, 5e8, 0.0]
-        real = time.time
-
-        def jumping():
-            jumps.append(jumps.pop(0))
-            return real() + jumps[0]
-
-        time.time = jumping
+    jumps, real = itertools.cycle([-1e9, 5e8, 0.0, 1e9]), time.time
+    time.time = lambda: real() + next(jumps)

@@ -59,11 +59,7 @@ def test_held_out_images_come_from_the_training_set():
 
 
 def test_train_subset_is_fixed_and_bounded():
-    a, b, more = (
-        load_data("digits", train_subset=50),
-        load_data("digits", train_subset=50),
-        load_data("digits", train_subset=60),
-    )
+    a, b, more = (load_data("digits", train_subset=images) for images in (50, 50, 60))
     assert torch.equal(a.raw_train_images, b.raw_train_images)
     assert torch.equal(a.raw_train_images, more.raw_train_images[:50])
     assert len(a.val_labels) == 360
@@ -97,14 +93,14 @@ def test_fashion_mnist_from_its_files(tmp_path, below):
     assert np.array_equal(data.raw_train_images[:, 0], images) and np.array_equal(data.train_labels, labels)
     assert data.val_images.shape == (8, 1, 28, 28) and np.array_equal(data.val_labels, val_labels)
     pixels = images / 255
-    np.testing.assert_allclose(
-        data.val_images[:, 0], (val_images / 255 - pixels.mean()) / pixels.std(ddof=1), rtol=1e-3, atol=1e-5
-    )
+    expected = (val_images / 255 - pixels.mean()) / pixels.std(ddof=1)
+    np.testing.assert_allclose(data.val_images[:, 0], expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"nonsense", gzip.compress(b"\0\0\x08\x03\0"), gzip.compress(b"\1\0\x0d\x01\0\0\0\1a")]
-)
+BROKEN = [b"", b"nonsense", gzip.compress(b"\0\0\x08\x03\0"), gzip.compress(b"\1\0\x0d\x01\0\0\0\1a")]
+
+
+@pytest.mark.parametrize("content", BROKEN)
 def test_broken_fashion_mnist(tmp_path, content):
     write_fashion(tmp_path, 3)
     (tmp_path / FASHION_FILES[0]).write_bytes(content)
@@ -202,9 +198,8 @@ def test_augmentation_is_a_function_of_seed_and_epoch(monkeypatch):
     assert torch.equal(labels, data.train_labels[epoch_order(120, 3, 1)])
     assert not torch.equal(epochs[2, 1][0][0], epochs[2, 2][0][0])
     plain = torch.cat([data.resize(images) for images, _ in batches(data, 50, 3, 1)])
-    assert (torch.cat([images for images, _ in epochs[2, 1]]) - plain).flatten(1).norm(
-        dim=1
-    ).min() > 0.1  # every image is changed
+    change = torch.cat([images for images, _ in epochs[2, 1]]) - plain
+    assert change.flatten(1).norm(dim=1).min() > 0.1  # every image is changed
 
 
 def test_shipped_digits_are_small():

@@ -7,9 +7,8 @@ from crate.config import DATASETS, DEFAULTS, PRESETS
 
 
 def config(**changes):
-    size, channels, classes = DATASETS["cifar10"]
-    base = DEFAULTS | PRESETS["paper"] | {"image_size": size, "channels": channels, "classes": classes, "amp": "bf16"}
-    return base | changes
+    sizes = dict(zip(("image_size", "channels", "classes"), DATASETS["cifar10"]))
+    return DEFAULTS | PRESETS["paper"] | sizes | {"amp": "bf16"} | changes
 
 
 def test_steps():

@@ -23,23 +23,14 @@ import pytest
 import torch
 
 import train
-from crate import training
 from crate.checkpoint import load_checkpoint, save_checkpoint
 from crate.cli import InputError
 from crate.config import VARIANT_TABLE
 from crate.files import lock_holder, locked
 from crate.runs import FREE_TO_CHANGE, finished_run, status
+from tests import processes
 from tests.conftest import assert_refused
-from tests.processes import (
-    DyingLoader,
-    FileSizeLimit,
-    KillAtWrite,
-    NanInBatch,
-    Script,
-    Unprivileged,
-    WildClock,
-    wait_until,
-)
+from tests.processes import Script, wait_until
 
 pytestmark = pytest.mark.faults
 
@@ -55,6 +46,11 @@ RUNS |= {
     "augmented": AUGMENTED,
     "until the loss is low": (*STOPPING, "--epochs", 60),
 }
+
+
+def start(out, *flags, output=None, fault=()):
+    """train.py with SMALL and these flags; what it prints is in `output`, or out/text."""
+    return Script("train", *SMALL, *flags, "--out", out, output=output or out / "text", fault=fault)
 
 
 def slow_but(quick, names):
@@ -85,7 +81,7 @@ def whole(tmp_path_factory):
         if flags not in known:
             out = tmp_path_factory.mktemp("whole")
             began = time.monotonic()
-            code, text = Script("train", *SMALL, *flags, "--out", out, output=out / "text").wait(120)
+            code, text = start(out, *flags).wait(120)
             assert code == 0, text
             known[flags] = outcome(out), time.monotonic() - began
         return known[flags]
@@ -95,7 +91,7 @@ def whole(tmp_path_factory):
 
 def finish(out, flags, expected):
     """Start the run again, without any fault: it ends as if nothing had happened."""
-    code, text = Script("train", *SMALL, *flags, "--out", out, output=out / "text").wait(120)
+    code, text = start(out, *flags).wait(120)
     assert code == 0, text
     assert outcome(out) == expected
 
@@ -109,7 +105,7 @@ def test_killed_at_random(tmp_path, whole, name, faults):
     flags, kills, draw = RUNS[name], 0, random.Random(name)
     expected, seconds = whole(*flags)
     for _ in range(4):
-        script = Script("train", *SMALL, *flags, "--out", tmp_path, output=tmp_path / "text")
+        script = start(tmp_path, *flags)
         time.sleep(draw.uniform(0.1, 0.6 * seconds))
         alive = script.process.is_alive()
         script.kill(group=True)
@@ -131,7 +127,7 @@ def test_killed_inside_each_write(tmp_path, whole, point, faults):
         writes += 1
         out = tmp_path / str(writes)
         out.mkdir()
-        code, text = Script("train", *SMALL, *flags, "--out", out, output=out / "text", fault=KillAtWrite(writes, point)).wait()
+        code, text = start(out, *flags, fault=(processes.kill_at_write, writes, point)).wait()
         if code == 0:
             break
         assert code == -signal.SIGKILL, text
@@ -146,7 +142,7 @@ def test_signals_save_the_step(tmp_path, whole, name, number, faults):
     flags, draw, tries, inside = RUNS[name], random.Random(f"{name} {number}"), 0, 0
     expected, seconds = whole(*flags)
     while tries < 3:
-        script = Script("train", *SMALL, *flags, "--out", tmp_path, output=tmp_path / "text")
+        script = start(tmp_path, *flags)
         before = {path: path.read_bytes() for path in tmp_path.glob("*/last.pt")}
         time.sleep(draw.uniform(0.2, 0.5) * seconds)
         script.kill(number, group=draw.random() < 0.5)  # as kill sends it, or as a terminal and Slurm do
@@ -214,7 +210,7 @@ def test_killed_process_of_a_sweep(tmp_path, faults):
     text, _ = parent.communicate(timeout=120)
     assert parent.returncode == 0 and "a worker process died" in text and "Traceback" not in text, text
     (tmp_path / "whole").mkdir()
-    code, text = Script("train", *SMALL, *flags, "--out", tmp_path / "whole", output=tmp_path / "text").wait(120)
+    code, text = start(tmp_path / "whole", *flags, output=tmp_path / "text").wait(120)
     assert code == 0 and outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
     faults("a process of a sweep killed", 1, "its run went on in a new one, bit for bit the same")
 
@@ -230,7 +226,7 @@ def test_killed_process_of_a_sweep(tmp_path, faults):
 def test_disk_full(tmp_path, whole, limit, file, faults):
     flags = ("--epochs", 2, *SRR)
     expected, _ = whole(*flags)
-    script = Script("train", *SMALL, *flags, "--out", tmp_path, output=tmp_path / "text", fault=FileSizeLimit(limit))
+    script = start(tmp_path, *flags, fault=(processes.limit_file_size, limit))
     code, text = script.wait()
     refused(code, text, f"{file}: File too large")
     finish(tmp_path, flags, expected)
@@ -243,16 +239,16 @@ def test_read_only_folder(tmp_path, whole, what, faults):
     expected, _ = whole(*flags)
     out = tmp_path / "runs"
     out.mkdir()
-    code, text = Script("train", *SMALL, *flags, "--out", out, output=tmp_path / "text", fault=KillAtWrite(4, "after")).wait()
+    code, text = start(out, *flags, output=tmp_path / "text", fault=(processes.kill_at_write, 4, "after")).wait()
     (folder,) = out.iterdir()
     locked_folder = out if what == "out" else folder
     if what == "out":
         shutil.rmtree(folder)
     locked_folder.chmod(0o555)
-    code, text = Script("train", *SMALL, *flags, "--out", out, output=tmp_path / "text", fault=Unprivileged()).wait()
+    code, text = start(out, *flags, output=tmp_path / "text", fault=(processes.give_up_privileges,)).wait()
     locked_folder.chmod(0o755)
     refused(code, text, str(locked_folder))
-    code, text = Script("train", *SMALL, *flags, "--out", out, output=tmp_path / "text").wait()
+    code, text = start(out, *flags, output=tmp_path / "text").wait()
     assert code == 0 and outcome(out) == expected
     faults("read-only folder", 1, "exit code 2, names the folder; goes on when it can be written")
 
@@ -267,7 +263,7 @@ def content(value):
 
 
 def test_truncated_and_flipped_checkpoints(tmp_path, faults):
-    code, text = Script("train", *SMALL, "--epochs", 1, "--out", tmp_path, output=tmp_path / "text").wait()
+    code, text = start(tmp_path, "--epochs", 1).wait()
     (folder,) = tmp_path.glob("*/")
     whole = (folder / "last.pt").read_bytes()
     right, draw, path = content(load_checkpoint(folder / "last.pt")), random.Random(0), tmp_path / "broken.pt"
@@ -316,7 +312,7 @@ class Malicious:
 def finished(tmp_path_factory):
     """A folder with one finished run of seed 0 and one of seed 1."""
     out = tmp_path_factory.mktemp("finished")
-    code, text = Script("train", *SMALL, "--epochs", 1, "--seed", 0, 1, "--out", out, output=out / "text").wait()
+    code, text = start(out, "--epochs", 1, "--seed", 0, 1).wait()
     assert code == 0, text
     return out
 
@@ -380,10 +376,10 @@ def test_config_edited_by_hand(tmp_path, finished, script, faults):
 def test_two_processes_on_one_run(tmp_path, whole, faults):
     flags = ("--epochs", 12, *SRR)
     expected, _ = whole(*flags)
-    first = Script("train", *SMALL, *flags, "--out", tmp_path, output=tmp_path / "first")
+    first = start(tmp_path, *flags, output=tmp_path / "first")
     wait_until(lambda: list(tmp_path.glob("*/last.pt")))
     os.kill(first.process.pid, signal.SIGSTOP)
-    second = Script("train", *SMALL, *flags, "--out", tmp_path, output=tmp_path / "second")
+    second = start(tmp_path, *flags, output=tmp_path / "second")
     refused(*second.wait(), "another process works on it", f"process {first.process.pid}")
     assert [state for _, state, _ in status(tmp_path)] == ["running"]
     first.kill()
@@ -396,7 +392,7 @@ def test_two_processes_on_one_run(tmp_path, whole, faults):
 def test_lock_is_not_inherited_by_workers(tmp_path, faults):
     """Augmentation workers outlive a killed parent by seconds; the run can go on at once."""
     flags = (*AUGMENTED, "--epochs", 100)
-    script = Script("train", *SMALL, *flags, "--out", tmp_path, output=tmp_path / "text")
+    script = start(tmp_path, *flags)
     wait_until(lambda: list(tmp_path.glob("*/last.pt")))
     script.kill()  # the process alone
     script.wait()
@@ -407,7 +403,7 @@ def test_lock_is_not_inherited_by_workers(tmp_path, faults):
 def test_clock_changes(tmp_path, whole, faults):
     flags = ("--epochs", 12, *SRR)
     expected, seconds = whole(*flags)
-    script = Script("train", *SMALL, *flags, "--out", tmp_path, output=tmp_path / "text", fault=WildClock())
+    script = start(tmp_path, *flags, fault=(processes.unsettle_clock,))
     time.sleep(0.5 * seconds)
     script.kill()
     script.wait()
@@ -423,7 +419,7 @@ def test_clock_changes(tmp_path, whole, faults):
 @pytest.mark.parametrize("step", slow_but((8,), (1, 8, 20)))
 def test_nan_in_a_batch(tmp_path, whole, flags, step, faults):
     expected, _ = whole(*flags)
-    code, text = Script("train", *SMALL, *flags, "--out", tmp_path, output=tmp_path / "text", fault=NanInBatch(step)).wait()
+    code, text = start(tmp_path, *flags, fault=(processes.nan_in_batch, step)).wait()
     refused(code, text, f"epoch {(step + 4) // 5}, step {step}")
     ((_, state, remark),) = status(tmp_path)
     assert state == "failed" and f"step {step}" in remark
@@ -434,23 +430,15 @@ def test_nan_in_a_batch(tmp_path, whole, flags, step, faults):
 @pytest.mark.parametrize("batch", slow_but((7,), (1, 7)))
 def test_augmentation_worker_dies(tmp_path, whole, batch, faults):
     expected, _ = whole(*AUGMENTED)
-    script = Script("train", *SMALL, *AUGMENTED, "--out", tmp_path, output=tmp_path / "text", fault=DyingLoader(batch))
+    script = start(tmp_path, *AUGMENTED, fault=(processes.kill_loader, batch))
     refused(*script.wait(30), "worker")
     finish(tmp_path, AUGMENTED, expected)
     faults("an augmentation worker dies", 1, "exit code 2; goes on from the epoch before")
 
 
-class UnforeseenError:
-    def __call__(self):
-        def step(run, *rest):
-            raise KeyError("unforeseen")
-
-        training.Run.train_step = step
-
-
 def test_no_hang_where_an_error_is_not_caught(tmp_path, faults):
     flags = (*AUGMENTED, "--epochs", 2)
-    code, text = Script("train", *SMALL, *flags, "--out", tmp_path, output=tmp_path / "text", fault=UnforeseenError()).wait(30)
+    code, text = start(tmp_path, *flags, fault=(processes.forget_an_error,)).wait(30)
     assert code == 1 and "unforeseen" in text  # a bug of ours: its traceback is wanted
     faults("an error that nobody foresaw, with augmentation workers", 1, "all processes end")
 

@@ -26,12 +26,12 @@ SMALL += ("--train-subset", 250, "--device", "cpu", "--save-every", 0)
 
 
 def config(**changes):
-    size, channels, classes = DATASETS["digits"]
-    base = DEFAULTS | dict(
-        dataset="digits", patch_size=4, image_size=size, channels=channels, classes=classes, width=12, heads=3, depth=2
-    )
-    base |= dict(epochs=3, batch_size=100, train_subset=250, lr=1e-2, dropout=0.1, srr_reg=1e-3, srr_layer="random")
-    return base | dict(log_srr_every=2, data_dir="data", device="cpu", amp="off", compile=False, save_every=0) | changes
+    base = DEFAULTS | dict(zip(("image_size", "channels", "classes"), DATASETS["digits"])) | dict(
+        dataset="digits", train_subset=250, patch_size=4, width=12, heads=3, depth=2, dropout=0.1,
+        epochs=3, batch_size=100, lr=1e-2, srr_reg=1e-3, srr_layer="random",
+        log_srr_every=2, data_dir="data", device="cpu", amp="off", compile=False, save_every=0,
+    )  # fmt: skip
+    return base | changes
 
 
 def log(folder):
@@ -202,13 +202,11 @@ def test_amp_trains(tmp_path, amp):
 
 
 def test_srr_in_the_loss_lowers_srr(tmp_path):
-    srr = {eta: train_and_measure(config(srr_reg=eta, srr_layer="all", epochs=15), tmp_path / str(eta)) for eta in (0.0, 0.1)}
+    srr = {}
+    for eta in (0.0, 0.1):
+        train(config(srr_reg=eta, srr_layer="all", epochs=15, log_srr_every=15), tmp_path / str(eta), False)
+        srr[eta] = np.mean([layer["srr"] for layer in log(tmp_path / str(eta))[-1]["srr"]])
     assert srr[0.1] < srr[0.0]
-
-
-def train_and_measure(settings, folder):
-    train(settings | {"log_srr_every": 15}, folder, False)
-    return np.mean([layer["srr"] for layer in log(folder)[-1]["srr"]])
 
 
 def test_amp_without_support(monkeypatch):
@@ -255,27 +253,12 @@ def test_grid_shards_and_skipping(script, tmp_path):
 
 
 def test_workers_end_with_a_killed_parent(tmp_path):
-    command = [
-        sys.executable,
-        "train.py",
-        *map(str, SMALL),
-        "--epochs",
-        "100000",
-        "--seed",
-        "0",
-        "1",
-        "--jobs",
-        "2",
-        "--out",
-        tmp_path,
-    ]
-    parent = subprocess.Popen(
-        command, cwd=Path(training.__file__).parents[1], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    flags = (*SMALL, "--epochs", 100_000, "--seed", 0, 1, "--jobs", 2, "--out", tmp_path)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen([sys.executable, "train.py", *map(str, flags)], cwd=Path(training.__file__).parents[1], **quiet)
     wait_until(lambda: len(list(tmp_path.glob("*/last.pt"))) == 2)
     parent.kill()
     parent.wait()
-
     wait_until(lambda: not any(map(lock_holder, tmp_path.iterdir())))
 
 
@@ -308,6 +291,8 @@ def test_every_run_of_a_grid_has_a_name_of_its_own():
         (("--model", "resnet"), ("--model", "crate-c")),
         (("--width", 97), ("--width 97", "--heads 3")),
         (("--patch-size", 3), ("--image-size 8", "--patch-size 3")),
+        (("--width", 3 * 10**10), ("crate-c_d30000000000", "smaller sizes")),
+        (("--epochs", 10**400), ("--epochs", "out of range")),
         (("--srr-layer", 13), ("--srr-layer 13", "1 to 2")),
         (("--srr-layer", "first"), ("--srr-layer first", "last")),
         (("--srr-reg", -1), ("--srr-reg",)),
@@ -393,10 +378,9 @@ def test_weight_decay_is_decoupled_and_on_matrices_alone(tmp_path, monkeypatch):
 
 def test_lambda_and_gamma_of_srr(tmp_path):
     """With both coefficients chosen, the logged measure and the loss's are lambda l0 + R^c - R at that gamma."""
-    train(config(epochs=1, srr_layer="last", dropout=0.0, log_srr_every=1), tmp_path / "a", False)
-    train(
-        config(epochs=1, srr_layer="last", dropout=0.0, log_srr_every=1, srr_lambda=0.5, srr_gamma=0.01), tmp_path / "b", False
-    )
+    settings = config(epochs=1, srr_layer="last", dropout=0.0, log_srr_every=1)
+    train(settings, tmp_path / "a", False)
+    train(settings | {"srr_lambda": 0.5, "srr_gamma": 0.01}, tmp_path / "b", False)
     a, b = log(tmp_path / "a"), log(tmp_path / "b")
     for layer, other in zip(a[0]["srr"], b[0]["srr"], strict=True):  # the same model, at initialisation
         assert layer["l0"] == other["l0"] and layer["rate"] > 2 * other["rate"] > 0
