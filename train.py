@@ -23,12 +23,13 @@ from crate.runs import check_config, resolve, status
 
 def make_parser():
     parser = Parser(__doc__)
+    parser.epilog = "models:\n" + "\n".join(f"  {name:16}{description}" for name, (*_, description) in VARIANT_TABLE.items())
     add, several = parser.add_argument, dict(nargs="+", metavar="VALUE")
     count, positive = number(int, 0), number(int, 1, 10**18)
     share, not_negative, above_0 = number(float, 0, below=1), number(float, 0), number(float, above=0)
     # The defaults of what has none here are the preset's or those of crate/config.py.
     add("--preset", choices=("auto", *PRESETS), default="auto", help="the flags' defaults (auto: paper on CUDA, else laptop)")
-    add("--model", nargs="+", choices=tuple(VARIANT_TABLE), help="one or more")
+    add("--model", nargs="+", choices=tuple(VARIANT_TABLE), metavar="MODEL", help="one or more of those below")
     add("--dataset", choices=tuple(DATASETS))
     add("--data-dir", default="data", help="where data sets are looked for and downloaded to (default: data)")
     add("--train-subset", type=positive, metavar="N", help="train on a fixed random choice of N training images")
@@ -146,7 +147,7 @@ def main():
     first = next(iter(configs.values()))
     if RANK == 0:
         where = f"on {first['device']}" + f" and {WORLD - 1} other processes" * (WORLD > 1)
-        runs = f"{len(configs)} runs in {out}, {len(finished)} finished"
+        runs = f"{len(configs)} run{'s' * (len(configs) > 1)} in {out}, {len(finished)} finished"
         print(f"preset {preset}: {first['dataset']}, K = {first['heads']}, {where}; {runs}")
         if pending:  # once for all: a missing data set is reported at once, and downloads don't collide
             data_of(first)
