@@ -27,10 +27,10 @@ def parse_arguments():
 
 
 def main():
-    arguments = parse_arguments()
-    out = output_folder(arguments.out)
-    if len(set(arguments.seed)) < len(arguments.seed):
-        raise InputError(f"--seed {' '.join(map(str, arguments.seed))}: a seed occurs twice; give each once")
+    settings = vars(parse_arguments())
+    out, seeds = output_folder(settings.pop("out")), settings.pop("seed")
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"--seed {' '.join(map(str, seeds))}: a seed occurs twice; give each once")
 
     import torch
     from tqdm import tqdm
@@ -41,12 +41,9 @@ def main():
     from crate.rates import log_approximations
     from crate.tables import attention_table
 
-    settings = {name: getattr(arguments, name) for name in ("tokens", "depth", "width", "heads", "alpha", "gamma", "scale")}
-    settings["dtype"] = getattr(torch, arguments.dtype)
-    rows = []
-    for rule in tqdm(RULES, unit="rule", leave=False):
-        for seed in arguments.seed:
-            rows += compress(rule, seed, **settings)
+    settings["dtype"] = getattr(torch, settings["dtype"])
+    rules = tqdm(RULES, unit="rule", leave=False)
+    rows = [row for rule in rules for seed in seeds for row in compress(rule, seed, **settings)]
     write_csv(out / "rates.csv", rows)
 
     x = torch.linspace(1, 4, 121, dtype=torch.float64)

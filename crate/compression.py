@@ -4,7 +4,7 @@ Tokens Z (N, d) pass through L steps without ISTA and LayerNorm, the softmax has
 orthonormal U. R^c is measured on that U before and after the step.
 """
 
-import math
+from functools import partial
 
 import torch
 
@@ -23,17 +23,16 @@ def mssa(tokens, U, heads, gamma):
 RULES = {
     "exact": ("(a) exact gradient, Eq. 6", exact_gradient),
     "expansion": ("(b) gradient of the expansion, Eq. 7", expansion_gradient),
-    "first-order": ("(c) its first-order term", lambda *arguments: expansion_gradient(*arguments, orders=(1,))),
-    "second-order": ("(d) its second-order term", lambda *arguments: expansion_gradient(*arguments, orders=(2,))),
+    "first-order": ("(c) its first-order term", partial(expansion_gradient, orders=(1,))),
+    "second-order": ("(d) its second-order term", partial(expansion_gradient, orders=(2,))),
     "softmax": ("(e) softmax, CRATE-C, Eq. 8", lambda *arguments: -mssa(*arguments)),
     "negative": ("CRATE-N, Eq. 9", mssa),
 }
 
 
 def random_orthonormal(d, generator, dtype):
-    """A uniformly random orthogonal matrix (d, d): the Q of a Gaussian matrix whose R has a positive diagonal."""
-    Q, R = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=dtype))
-    return Q * R.diagonal().sign()
+    """A uniformly random orthogonal matrix (d, d)."""
+    return torch.nn.init.orthogonal_(torch.empty(d, d, dtype=dtype), generator=generator)
 
 
 def compress(rule, seed, *, tokens, depth, width, heads, alpha=1.0, gamma=1.0, scale=1.0, dtype=torch.float64):
@@ -46,24 +45,15 @@ def compress(rule, seed, *, tokens, depth, width, heads, alpha=1.0, gamma=1.0, s
     if width % heads:
         raise InputError(f"--width {width} is not divisible by --heads {heads}")
     generator = torch.Generator().manual_seed(seed)
-    direction, rows = RULES[rule][1], []
-    Z = scale * torch.randn(tokens, width, generator=generator, dtype=dtype)
+    _, direction = RULES[rule]
+    rows, Z = [], scale * torch.randn(tokens, width, generator=generator, dtype=dtype)
     for layer in range(1, depth + 1):
         U = random_orthonormal(width, generator, dtype)
-        before = _rate(Z, U, heads, gamma)
-        if before is not None:
+        rows.append({"rule": rule, "seed": seed, "layer": layer, "before": None, "after": None, "overflow": True})
+        try:
+            rows[-1]["before"] = subspace_coding_rate(Z, U, heads, gamma).item()
             Z = Z - alpha * direction(Z, U, heads, gamma)
-        after = None if before is None else _rate(Z, U, heads, gamma)
-        rows.append({"rule": rule, "seed": seed, "layer": layer, "before": before, "after": after, "overflow": after is None})
-        if after is None:
+            rows[-1] |= {"after": subspace_coding_rate(Z, U, heads, gamma).item(), "overflow": False}
+        except ValueError:  # a Gram matrix has overflowed
             break
     return rows
-
-
-def _rate(Z, U, heads, gamma):
-    """R^c(Z; U), or None where it is no longer a finite number."""
-    try:
-        rate = subspace_coding_rate(Z, U, heads, gamma).item()
-    except ValueError:  # the Gram matrix has overflowed
-        return None
-    return rate if math.isfinite(rate) else None
