@@ -23,12 +23,6 @@ def verdict(low, high, side):
     return "holds" if low > 0 else "contradicted" if high < 0 else "undecided"
 
 
-def deciding(rows, key, side):
-    """The row that decides a claim about all rows: one whose interval of `key` contradicts it, else the closest to doing so."""
-    against = [row for row in rows if verdict(row[f"{key}_low"], row[f"{key}_high"], side) == "contradicted"]
-    return min(against or rows, key=lambda row: row[f"{key}_low"] if side > 0 else -row[f"{key}_high"])
-
-
 def interval(values):
     """Mean of one value per seed, and its 95 % t interval; NaN bounds where there are fewer than two."""
     from scipy.stats import ttest_1samp
@@ -42,98 +36,95 @@ def interval(values):
     return values.mean(), bounds.low, bounds.high
 
 
-def claim(section, text, side, number, low, high, n, of="seeds"):
+def nested(rows, value, *keys):
+    """{first key: {second key: .. {last key: [value(row) of every row]}}}."""
+    result = {}
+    for row in rows:
+        level = result
+        for key in keys[:-1]:
+            level = level.setdefault(row[key], {})
+        level.setdefault(row[keys[-1]], []).append(value(row))
+    return result
+
+
+def claim(section, text, side, number, low, high, n, of):
     """A row of the claims table."""
     row = {"section": section, "claim": text, "claimed": "> 0" if side > 0 else "< 0"}
     return row | {"number": number, "low": low, "high": high, "n": n, "of": of, "verdict": verdict(low, high, side)}
 
 
-def over_seeds(section, text, side, values):
-    """The claim about the mean of `values`, one per seed; no row where there are none."""
-    values = list(values)
-    return [claim(section, text, side, *interval(values), len(values))] if values else []
+def over_seeds(section, claims):
+    """The rows of claims about means. claims: (text, side, [a value per seed]); one without values is left out."""
+    return [claim(section, text, side, *interval(values), len(values), "seeds") for text, side, values in claims if values]
 
 
 def attention_claims(rates):
     """Section 4.1, from rows {rule, seed, layer, before, after, overflow} of the attention-only experiment."""
-    changes = {}  # {rule: {seed: change of R^c by layer}}
-    for row in rates:
-        if not row["overflow"]:
-            changes.setdefault(row["rule"], {}).setdefault(row["seed"], []).append(row["after"] - row["before"])
+    finite = [row for row in rates if not row["overflow"]]
+    changes = nested(finite, lambda row: row["after"] - row["before"], "rule", "seed")  # of R^c, by layer
 
-    def row(text, side, rule, of_layers):
-        return over_seeds("4.1", text, side, map(of_layers, changes.get(rule, {}).values()))
+    def by_seed(number, rule):
+        return [number(by_layer) for by_layer in changes.get(rule, {}).values()]
 
-    return [
-        *row("The exact gradient step (Eq. 6) lowers R^c at every layer: its largest change", -1, "exact", max),
-        *row("The second-order expansion's step (Eq. 7) raises R^c: change at layer 1", +1, "expansion", lambda c: c[0]),
-        *row("CRATE-C's attention (Eq. 8) raises R^c at every layer: its smallest change", +1, "softmax", min),
-    ]
+    first = by_seed(lambda by_layer: by_layer[0], "expansion")
+    return over_seeds("4.1", [
+        ("The exact gradient step (Eq. 6) lowers R^c at every layer: its largest change", -1, by_seed(max, "exact")),
+        ("The second-order expansion's step (Eq. 7) raises R^c: change at layer 1", +1, first),
+        ("CRATE-C's attention (Eq. 8) raises R^c at every layer: its smallest change", +1, by_seed(min, "softmax")),
+    ])  # fmt: skip
 
 
 def layer_claims(layers):
     """Section 4.3, from rows {model, seed, epoch, layer, srr} of layer-wise SRR on training images."""
-    curves = {}  # {seed: {model: {epoch: [SRR by layer]}}}
-    for row in sorted(layers, key=lambda row: row["layer"]):
-        by_epoch = curves.setdefault(row["seed"], {}).setdefault(row["model"], {})
-        by_epoch.setdefault(row["epoch"], []).append(row["srr"])
+    rows = sorted(layers, key=lambda row: row["layer"])
+    curves = nested(rows, lambda row: row["srr"], "seed", "model", "epoch")  # SRR by layer
 
     def means(number, models=MAIN):  # over the model types, one per seed
         chosen = [[number(by_model[m]) for m in models if m in by_model] for by_model in curves.values()]
         return [np.mean(values) for values in chosen if values]
 
     def turn(curve):  # the paper's layer 9 of 12
-        return 3 * len(curve) // 4 - 1
+        return curve[3 * len(curve) // 4 - 1]
 
-    rows = over_seeds(
-        "4.3", "At initialisation SRR falls over the first three quarters of the layers: its change", -1,
-        means(lambda epochs: epochs[0][turn(epochs[0])] - epochs[0][0]),
-    )  # fmt: skip
-    rows += over_seeds(
-        "4.3", "... and rises after them: its change", +1, means(lambda epochs: epochs[0][-1] - epochs[0][turn(epochs[0])])
-    )
-    for model in MAIN:
-        rows += over_seeds(
-            "4.3", f"Training raises SRR at every layer, {model}: the smallest change over layers", +1,
-            means(lambda epochs: min(np.subtract(epochs[max(epochs)], epochs[0])), [model]),
-        )  # fmt: skip
-    return rows
+    def smallest_change(epochs):
+        return min(np.subtract(epochs[max(epochs)], epochs[0]))
+
+    falls = means(lambda epochs: turn(epochs[0]) - epochs[0][0])
+    rises = means(lambda epochs: epochs[0][-1] - turn(epochs[0]))
+    return over_seeds("4.3", [
+        ("At initialisation SRR falls over the first three quarters of the layers: its change", -1, falls),
+        ("... and rises after them: its change", +1, rises),
+        *((f"Training raises SRR at every layer, {model}: the smallest change over layers", +1, means(smallest_change, [model]))
+          for model in MAIN),
+    ])  # fmt: skip
 
 
 def operator_claims(operators):
     """What compresses, from rows {model, seed, epoch, layer, point, rate_subspaces} at the last epoch (operator_rates)."""
     last = max((row["epoch"] for row in operators), default=0)
-    rates = {}  # {model: {seed: {point: [R^c by layer]}}}
-    for row in operators:
-        if row["epoch"] == last:
-            by_point = rates.setdefault(row["model"], {}).setdefault(row["seed"], {})
-            by_point.setdefault(row["point"], []).append(row["rate_subspaces"])
+    trained = [row for row in operators if row["epoch"] == last]
+    rates = nested(trained, lambda row: row["rate_subspaces"], "model", "seed", "point")  # R^c by layer
+    attention, ista = ("input", "compressed"), ("normalised", "output")
 
-    def change(text, side, first, second, models):
-        rows = []
-        for model in models:
-            values = [
-                np.mean(np.subtract(by[second], by[first]))
-                for by in rates.get(model, {}).values()
-                if first in by and second in by
-            ]
-            rows += over_seeds("4.3", text.format(model), side, values)
-        return rows
+    def change(model, before, after):
+        return [np.mean(np.subtract(points[after], points[before])) for points in rates.get(model, {}).values()]
 
-    return [
-        *change(
-            "Trained {}: the attention step raises R^c, mean over layers",
-            +1,
-            "input",
-            "compressed",
-            ["crate-c", "crate-t", "crate"],
-        ),
-        *change("Trained {}: its negated step lowers R^c, mean over layers", -1, "input", "compressed", ["crate-n"]),
-        *change("Trained {}: ISTA with its ReLU lowers R^c (conjecture), mean over layers", -1, "normalised", "output", MAIN),
-        *change(
-            "Trained {}, beyond the paper: its exact step lowers R^c, mean over layers", -1, "input", "compressed", ["crate-e"]
-        ),
-    ]
+    return over_seeds("4.3", [
+        (f"Trained {model}{text}, mean over layers", side, change(model, *step))
+        for text, side, step, models in (
+            (": the attention step raises R^c", +1, attention, ("crate-c", "crate-t", "crate")),
+            (": its negated step lowers R^c", -1, attention, ("crate-n",)),
+            (": ISTA with its ReLU lowers R^c (conjecture)", -1, ista, MAIN),
+            (", beyond the paper: its exact step lowers R^c", -1, attention, ("crate-e",)),
+        )
+        for model in models
+    ])  # fmt: skip
+
+
+def deciding(rows, key, side):
+    """The row that decides a claim about all rows: one whose interval of `key` contradicts it, else the closest to doing so."""
+    against = [row for row in rows if verdict(row[f"{key}_low"], row[f"{key}_high"], side) == "contradicted"]
+    return min(against or rows, key=lambda row: row[f"{key}_low"] if side > 0 else -row[f"{key}_high"])
 
 
 def correlation_claims(rows, which, first):
@@ -141,42 +132,30 @@ def correlation_claims(rows, which, first):
     by_name = {row["measure"]: row for row in rows}
     if "srr" not in by_name:
         return []
-    others = [
-        row for name, row in by_name.items() if not name.startswith("srr") and math.isfinite(row.get("diff_srr", math.nan))
+    rivals = [name for name in by_name if not name.startswith("srr")]
+    claims = [  # text, in which {} is the measure that decides; side; number; measures that the claim is about
+        ("SRR correlates with the gap: tau", +1, "tau", ["srr"]),
+        ("SRR has the highest tau: tau minus that of its closest rival, {}", +1, "diff_srr", rivals),
     ]
-    models, claims = by_name["srr"]["models"], []
-
-    def add(text, side, number, low, high):
-        claims.append(claim("5", f"{text}, {which}", side, number, low, high, int(models), "models"))
-
-    def tau(text, side, names):
-        own = [by_name[name] for name in names if name in by_name and math.isfinite(by_name[name]["tau"])]
-        if own:
-            row = deciding(own, "tau", side)
-            add(f"{text}: tau" + f" of {row['measure']}" * (len(names) > 1), side, row["tau"], row["tau_low"], row["tau_high"])
-
-    def srr_minus(text, side, row, key):
-        add(text, side, row[key], row[f"{key}_low"], row[f"{key}_high"])
-
-    tau("SRR correlates with the gap", +1, ["srr"])
-    if others:
-        rival = deciding(others, "diff_srr", +1)
-        srr_minus(f"SRR has the highest tau: tau minus that of its closest rival, {rival['measure']}", +1, rival, "diff_srr")
     if first:
-        contested = [row for row in others if math.isfinite(row.get("diff_srr_psi_model", math.nan))]
-        if contested:
-            rival = deciding(contested, "diff_srr_psi_model", +1)
-            text = f"SRR wins on the model-type axis: psi minus that of its closest rival, {rival['measure']}"
-            srr_minus(text, +1, rival, "diff_srr_psi_model")
-        tau("Products and sums of norms all correlate negatively", -1, NORM_MEASURES)
-        tau("Path-norm correlates negatively", -1, ["path_norm"])
-        tau("1/margin correlates positively", +1, ["inverse_margin"])
-        tau("PAC-Bayes flatness correlates positively", +1, ["pacbayes_flatness"])
-    elif math.isfinite(by_name.get("pacbayes_flatness", {}).get("diff_srr_psi_model", math.nan)):
-        for axis in ("dropout", "model"):
-            text = f"SRR is below PAC-Bayes flatness on the {axis} axis: difference of psi"
-            srr_minus(text, -1, by_name["pacbayes_flatness"], f"diff_srr_psi_{axis}")
-    return claims
+        claims += [
+            ("SRR wins on the model-type axis: psi minus that of its closest rival, {}", +1, "diff_srr_psi_model", rivals),
+            ("Products and sums of norms all correlate negatively: tau of {}", -1, "tau", NORM_MEASURES),
+            ("Path-norm correlates negatively: tau", -1, "tau", ["path_norm"]),
+            ("1/margin correlates positively: tau", +1, "tau", ["inverse_margin"]),
+            ("PAC-Bayes flatness correlates positively: tau", +1, "tau", ["pacbayes_flatness"]),
+        ]
+    else:
+        below = "SRR is below PAC-Bayes flatness on the {} axis: difference of psi"
+        claims += [(below.format(axis), -1, f"diff_srr_psi_{axis}", ["pacbayes_flatness"]) for axis in ("dropout", "model")]
+    table = []
+    for text, side, key, names in claims:
+        own = [by_name[name] for name in names if name in by_name and math.isfinite(by_name[name].get(key, math.nan))]
+        if own:
+            row, models = deciding(own, key, side), int(by_name["srr"]["models"])
+            text = f"{text.format(row['measure'])}, {which}"
+            table.append(claim("5", text, side, row[key], row[f"{key}_low"], row[f"{key}_high"], models, "models"))
+    return table
 
 
 def regularisation_claims(accuracy):
@@ -185,31 +164,28 @@ def regularisation_claims(accuracy):
     Without SRR where `layer` is None, else with it on that layer, at the eta chosen for the model or that of Table 6.
     """
 
-    def difference(*terms):  # (factor, {seed: accuracy}): the sum, for the seeds that all have
+    C, N, T, learned, exact = (accuracy(model) for model in (*MAIN, "crate-e"))
+    claims = {  # {text: terms (factor, {seed: accuracy}), whose sum is claimed to be positive}
+        f"SRR of the last layer in the loss helps {model}: gain in points": [(1, accuracy(model, "last")), (-1, plain)]
+        for model, plain in zip(MAIN, (C, N, T, learned))
+    } | {
+        "CRATE-N beats CRATE-C: difference in points": [(1, N), (-1, C)],
+        "CRATE-T is nearer to CRATE than to CRATE-C: (T - C) - (CRATE - T) in points": [(2, T), (-1, C), (-1, learned)],
+        "crate-e, beyond the paper, whose step is the exact gradient, beats CRATE-C: in points": [(1, exact), (-1, C)],
+    }  # fmt: skip
+    layers = (accuracy("crate-c", layer, among_layers=True) for layer in [*map(str, range(1, 100)), "last"])
+    fixed, random = [values for values in layers if values], accuracy("crate-c", "random", among_layers=True)
+
+    def mean(choices, sign=1):
+        return [(sign / len(choices), values) for values in choices]
+
+    if len(fixed) > 1 and random:
+        claims["A fixed layer is better than a random one: mean over layers minus random"] = [*mean(fixed), (-1, random)]
+        shallow, deep = mean(fixed[: len(fixed) // 2]), mean(fixed[len(fixed) // 2 :], -1)
+        claims["Shallower layers gain more: first half of the layers minus second half"] = shallow + deep
+
+    def by_seed(terms):
         seeds = set.intersection(*(set(values) for _, values in terms))
         return [sum(factor * values[seed] for factor, values in terms) for seed in sorted(seeds)]
 
-    def mean_of(by_layer, factor):
-        return [(factor / len(by_layer), values) for values in by_layer]
-
-    plain, rows = {model: accuracy(model) for model in MAIN}, []
-    for model in MAIN:
-        gain = difference((1, accuracy(model, "last")), (-1, plain[model]))
-        rows += over_seeds("6", f"SRR of the last layer in the loss helps {model}: gain in points", +1, gain)
-    better = difference((1, plain["crate-n"]), (-1, plain["crate-c"]))
-    rows += over_seeds("6", "CRATE-N beats CRATE-C: difference in points", +1, better)
-    nearer = difference((2, plain["crate-t"]), (-1, plain["crate-c"]), (-1, plain["crate"]))
-    rows += over_seeds("6", "CRATE-T is nearer to CRATE than to CRATE-C: (T - C) - (CRATE - T) in points", +1, nearer)
-
-    better = difference((1, accuracy("crate-e")), (-1, plain["crate-c"]))
-    rows += over_seeds("6", "crate-e, beyond the paper, whose step is the exact gradient, beats CRATE-C: in points", +1, better)
-
-    choices = [accuracy("crate-c", layer, among_layers=True) for layer in [*map(str, range(1, 100)), "last"]]
-    fixed, random = [values for values in choices if values], accuracy("crate-c", "random", among_layers=True)
-    if len(fixed) > 1 and random:
-        better = difference(*mean_of(fixed, 1), (-1, random))
-        rows += over_seeds("6", "A fixed layer is better than a random one: mean over layers minus random", +1, better)
-        half = len(fixed) // 2
-        better = difference(*mean_of(fixed[:half], 1), *mean_of(fixed[half:], -1))
-        rows += over_seeds("6", "Shallower layers gain more: first half of the layers minus second half", +1, better)
-    return rows
+    return over_seeds("6", [(text, +1, by_seed(terms)) for text, terms in claims.items()])

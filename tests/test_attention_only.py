@@ -76,6 +76,12 @@ def test_log_approximations_touch_at_one_and_bound():
     torch.testing.assert_close(curves["second order"], curves["first order"] + curves["second-order term only"])
 
 
+def test_overflow_at_the_first_layer_is_reported_too(script, tmp_path):
+    code, out, error = script("attention_only", *FLAGS, "--scale", 1e160, "--seed", 0, "--out", tmp_path)
+    assert code == 0, error
+    assert "(a) exact gradient, Eq. 6 | - | - | - | 0 of 0 | 1 |" in out and (tmp_path / "fig_5.png").exists()
+
+
 def test_script(script, tmp_path):
     code, out, _ = script("attention_only", *FLAGS, "--seed", 3, 4, "--depth", 9, "--out", tmp_path)
     assert code == 0 and "CRATE-N" in out and "overflow" in out
