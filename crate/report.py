@@ -286,7 +286,7 @@ def write_report(results, attention):
     if fixed:
         for title, above, of_section in (
             ("SRR in the loss, last layer (Section 6, Table 2)", ACCURACY + PAPER["Table 2"], tables.table_2(fixed)),
-            ("Choosing eta", HELD_OUT, tables.table_choices(fixed, "srr_reg", "eta")),
+            ("Choosing eta", HELD_OUT, tables.table_choices(fixed)),
             ("SRR against weight decay and dropout", ACCURACY, tables.table_regularisers(fixed)),
             ("Output matrices (Table 3), and models beyond the paper", ACCURACY + PAPER["Table 3"], tables.table_3(fixed)),
             ("Which layer's SRR (Table 6)", ACCURACY + PAPER["Table 6"], tables.table_6(fixed)),

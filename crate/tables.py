@@ -1,11 +1,12 @@
 """The tables of the report, as Markdown, out of the rows of runs.csv (dicts of text, a row per finished run).
 
 Compared are the runs at their preset's own settings, but for VARIED, at the strengths that held-out training images chose.
+A table without lines is an empty list.
 """
 
 import numpy as np
 
-from crate import claims
+from crate.claims import interval
 from crate.config import DATASETS, DEFAULTS, PRESETS, VARIANT_TABLE
 from crate.files import markdown_table
 
@@ -19,24 +20,20 @@ def settings_of(row):
     return {key: "" if value is None else str(value) for key, value in settings.items()}
 
 
-def at_preset(rows):
-    """The runs of fixed length at their preset's own settings, but for VARIED: what Tables 2, 3, 6 and Fig. 2 compare."""
+def at_preset(rows, varied=VARIED, **changes):
+    """The runs of fixed length at their preset's own settings but for `changes`, with any model, seed and value of `varied`."""
+    free = {"model", "seed", "log_srr_every", *varied} - changes.keys()
 
     def matches(row):
-        settings = settings_of(row)
-        return all(settings[key] == row[key] for key in settings.keys() - {"model", "seed", "log_srr_every", *VARIED})
+        settings = settings_of(row) | changes
+        return all(row[key] == settings[key] for key in settings.keys() - free)
 
     return [row for row in rows if matches(row)]
 
 
 def accuracies(rows, model, **changes):
     """{seed: validation accuracy in %} of a model's runs that differ from their preset's settings in `changes` alone."""
-
-    def matches(row):
-        settings = settings_of(row) | {"model": model} | changes
-        return all(row[key] == settings[key] for key in ("model", *VARIED))
-
-    return {row["seed"]: 100 * float(row["val_accuracy"]) for row in rows if matches(row)}
+    return {row["seed"]: 100 * float(row["val_accuracy"]) for row in at_preset(rows, (), model=model, **changes)}
 
 
 def values_of(rows, axis):
@@ -55,28 +52,18 @@ def chosen(rows, model, axis):
 
     The smallest of the best; the paper's 0.001 for srr_reg, and None for the others, where nothing was held out.
     """
-    held = {v: list(held_out(rows, model, axis, v).values()) for v in values_of(rows, axis) if float(v)}
-    held = {v: np.mean(accuracy) for v, accuracy in held.items() if accuracy}
-    return max(held, key=held.get) if held else "0.001" if axis == "srr_reg" else None
+    held = {value: list(held_out(rows, model, axis, value).values()) for value in values_of(rows, axis) if float(value)}
+    means = {value: np.mean(accuracy) for value, accuracy in held.items() if accuracy}
+    return max(means, key=means.get) if means else "0.001" if axis == "srr_reg" else None
 
 
-def spread(values):
-    """Mean and standard deviation over seeds, as text."""
-    values = list(values)
-    if not values:
-        return "-"
-    return f"{np.mean(values):.2f}" + (
-        f" ± {np.std(values, ddof=1):.2f} (n = {len(values)})" if len(values) > 1 else " (n = 1)"
-    )
+def eta_of_layers(rows, model):
+    """The eta at which most layers have been regularised, as text: the one that Table 6 compares them at."""
 
+    def layers(eta):
+        return {row["srr_layer"] for row in rows if (row["model"], row["srr_reg"]) == (model, eta)}
 
-def paired(with_srr, without):
-    """Mean difference over the seeds that both have, with its 95 % t interval, as text."""
-    seeds = sorted(with_srr.keys() & without.keys())
-    if not seeds:
-        return "-"
-    mean, low, high = claims.interval([with_srr[seed] - without[seed] for seed in seeds])
-    return f"{mean:+.2f}" + f" [{low:+.2f}, {high:+.2f}]" * bool(low < high)
+    return max(values_of(rows, "srr_reg"), key=lambda eta: (float(eta) > 0, len(layers(eta))))
 
 
 def names(rows):
@@ -84,23 +71,32 @@ def names(rows):
     return [name for name in VARIANT_TABLE if any(row["model"] == name for row in rows)]
 
 
+def spread(values):
+    """Mean and standard deviation over seeds, as text."""
+    values = list(values)
+    if len(values) < 2:
+        return f"{values[0]:.2f} (n = 1)" if values else "-"
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} (n = {len(values)})"
+
+
+def paired(with_srr, without):
+    """Mean difference over the seeds that both have, with its 95 % t interval, as text."""
+    seeds = sorted(with_srr.keys() & without.keys())
+    if not seeds:
+        return "-"
+    mean, low, high = interval([with_srr[seed] - without[seed] for seed in seeds])
+    return f"{mean:+.2f}" + f" [{low:+.2f}, {high:+.2f}]" * bool(low < high)
+
+
 def claims_table(rows):
-    """The claims table as Markdown."""
-
-    def line(row):
-        bounds = f"[{row['low']:+.3g}, {row['high']:+.3g}]" if np.isfinite(row["low"]) else "-"
-        return [
-            row["section"],
-            row["claim"],
-            row["claimed"],
-            f"{row['number']:+.3g}",
-            bounds,
-            f"{row['n']} {row['of']}",
-            f"**{row['verdict']}**",
-        ]
-
-    header = ["section", "claim: the number that decides it", "claimed", "number", "95 % interval", "n", "verdict"]
-    return markdown_table(header, map(line, rows))
+    """The rows of claims.csv, their numbers rounded."""
+    lines = []
+    for row in rows:
+        bounds = "[{low:+.3g}, {high:+.3g}]" if np.isfinite(row["low"]) else "-"
+        cells = ("{section}", "{claim}", "{claimed}", "{number:+.3g}", bounds, "{n} {of}", "**{verdict}**")
+        lines.append([cell.format(**row) for cell in cells])
+    header = ("section", "claim: the number that decides it", "claimed", "number", "95 % interval", "n", "verdict")
+    return lines and markdown_table(header, lines)
 
 
 def attention_table(rows):
@@ -113,19 +109,12 @@ def attention_table(rows):
         finite = [row for row in own if not row["overflow"]]
         first = [row for row in finite if row["layer"] == 1]
         last = {row["seed"]: row for row in finite}.values()  # in the order of layers: the last one stays
+        rates = [spread(row[when] for row in part) for part, when in ((first, "before"), (first, "after"), (last, "after"))]
         rises = sum(row["after"] > row["before"] for row in finite)
         overflow = min((row["layer"] for row in own if row["overflow"]), default="never")
-        rates = [spread(row[when] for row in part) for part, when in ((first, "before"), (first, "after"), (last, "after"))]
         lines.append([title, *rates, f"{rises} of {len(finite)}", overflow])
-    header = [
-        "update",
-        "R^c before layer 1",
-        "after layer 1",
-        "after its last layer",
-        "steps that raise R^c",
-        "overflow at layer",
-    ]
-    return markdown_table(header, lines)
+    columns = ("R^c before layer 1", "after layer 1", "after its last layer", "steps that raise R^c", "overflow at layer")
+    return markdown_table(("update", *columns), lines)
 
 
 def table_2(rows):
@@ -133,35 +122,26 @@ def table_2(rows):
     lines = []
     for model in names(rows):
         eta = chosen(rows, model, "srr_reg")
-        plain, regularised = accuracies(rows, model), accuracies(rows, model, srr_reg=eta)
-        if plain and regularised:
-            lines.append([model, eta, spread(plain.values()), spread(regularised.values()), paired(regularised, plain)])
-    return lines and markdown_table(
-        ["model", "eta", "cross-entropy", "cross-entropy + SRR", "difference, 95 % interval"], lines
-    )
+        plain, with_srr = accuracies(rows, model), accuracies(rows, model, srr_reg=eta)
+        if plain and with_srr:
+            lines.append([model, eta, spread(plain.values()), spread(with_srr.values()), paired(with_srr, plain)])
+    header = ("model", "eta", "cross-entropy", "cross-entropy + SRR", "difference, 95 % interval")
+    return lines and markdown_table(header, lines)
 
 
-def table_choices(rows, axis, name):
-    """Every strength of a regulariser: accuracy on held-out training images, which chooses, and on validation images."""
+def table_choices(rows):
+    """Every eta: accuracy on held-out training images, which chooses, and on validation images."""
     lines = []
     for model in names(rows):
-        plain, best = accuracies(rows, model), chosen(rows, model, axis)
-        for value in values_of(rows, axis):
-            held, full = held_out(rows, model, axis, value), accuracies(rows, model, **{axis: value})
+        plain, best = accuracies(rows, model), chosen(rows, model, "srr_reg")
+        for eta in values_of(rows, "srr_reg"):
+            held, full = held_out(rows, model, "srr_reg", eta), accuracies(rows, model, srr_reg=eta)
             if held and full:
-                difference = paired(full, plain) if float(value) else ""
-                lines.append(
-                    [
-                        model,
-                        f"**{value}**" if value == best else value,
-                        spread(held.values()),
-                        spread(full.values()),
-                        difference,
-                    ]
-                )
-    return lines and markdown_table(
-        ["model", name, "held-out images", "validation images", "difference to 0, 95 % interval"], lines
-    )
+                difference = paired(full, plain) if float(eta) else ""
+                choice = f"**{eta}**" if eta == best else eta
+                lines.append([model, choice, spread(held.values()), spread(full.values()), difference])
+    header = ("model", "eta", "held-out images", "validation images", "difference to 0, 95 % interval")
+    return lines and markdown_table(header, lines)
 
 
 def table_regularisers(rows):
@@ -170,11 +150,10 @@ def table_regularisers(rows):
     for model in names(rows):
         plain = accuracies(rows, model)
         best = {axis: chosen(rows, model, axis) for axis in ("srr_reg", "weight_decay", "dropout")}
-        if not all(best.values()):
-            continue
-        cells = [f"{best[axis]}: {paired(accuracies(rows, model, **{axis: best[axis]}), plain)}" for axis in best]
-        lines.append([model, spread(plain.values()), *cells])
-    header = ["model", "none", "SRR, eta: difference", "weight decay: difference", "dropout: difference"]
+        if all(best.values()):
+            cells = [f"{value}: {paired(accuracies(rows, model, **{axis: value}), plain)}" for axis, value in best.items()]
+            lines.append([model, spread(plain.values()), *cells])
+    header = ("model", "none", "SRR, eta: difference", "weight decay: difference", "dropout: difference")
     return lines and markdown_table(header, lines)
 
 
@@ -182,39 +161,26 @@ def table_3(rows):
     """Output matrices, and models beyond the paper: parameters and validation accuracy without SRR in the loss (Table 3)."""
     lines = []
     for model in names(rows):
-        plain = accuracies(rows, model)
-        if plain:
-            own = (row for row in rows if row["model"] == model and row["depth"] == settings_of(row)["depth"])
-            parameters = int(next(own)["parameters"])
-            lines.append([model, VARIANT_TABLE[model][-1].split(": ", 1)[1], f"{parameters:,}", spread(plain.values())])
-    return lines and markdown_table(["model", "compression step", "parameters", "validation accuracy"], lines)
+        own = at_preset(rows, (), model=model)
+        if own:
+            description = VARIANT_TABLE[model][-1].split(": ", 1)[1]
+            parameters = int(own[0]["parameters"])
+            lines.append([model, description, f"{parameters:,}", spread(accuracies(own, model).values())])
+    return lines and markdown_table(("model", "compression step", "parameters", "validation accuracy"), lines)
 
 
 def table_4(rows):
     """The grid of Section 5 and how its runs ended (Table 4)."""
-    axes = ("model", "batch_size", "lr", "width", "dropout")
-    lines = [
-        [axis.replace("_", " "), ", ".join(sorted({row[axis] for row in rows}, key=lambda v: (len(v), v)))] for axis in axes
-    ]
+    lines = []
+    for axis in ("model", "batch_size", "lr", "width", "dropout"):
+        values = sorted({row[axis] for row in rows}, key=lambda value: (len(value), value))
+        lines.append([axis.replace("_", " "), ", ".join(values)])
     missed = [row["run"] for row in rows if row["reached_target"] != "True"]
     lines += [["runs", len(rows)], ["reached the target", len(rows) - len(missed)]]
-    for name, key, scale in (
-        ("epochs", "epochs", 1),
-        ("validation accuracy, %", "val_accuracy", 100),
-        ("gap (loss)", "gap", 1),
-    ):
+    for name, key, scale in ("epochs", "epochs", 1), ("validation accuracy, %", "val_accuracy", 100), ("gap (loss)", "gap", 1):
         values = [scale * float(row[key]) for row in rows]
         lines.append([name, f"{min(values):.4g} to {max(values):.4g}, median {np.median(values):.4g}"])
     return markdown_table(["", "values"], lines) + ("\nMissed the target: " + ", ".join(missed) + "\n" if missed else "")
-
-
-def eta_of_layers(rows, model):
-    """The eta at which most layers have been regularised, as text: the one that Table 6 compares them at."""
-    tried = {
-        eta: {row["srr_layer"] for row in rows if (row["model"], row["srr_reg"]) == (model, eta)}
-        for eta in values_of(rows, "srr_reg")
-    }
-    return max(tried, key=lambda eta: (float(eta) > 0, len(tried[eta])))
 
 
 def table_6(rows):
@@ -230,30 +196,27 @@ def table_6(rows):
             by_seed = accuracies(rows, model, srr_reg=eta, srr_layer=layer, srr_sparsity=norm)
             if by_seed:
                 lines.append([model, layer, norm, eta, spread(by_seed.values()), paired(by_seed, plain)])
-    return lines and markdown_table(
-        ["model", "layer", "norm of Z", "eta", "validation accuracy", "difference to none, 95 % interval"], lines
-    )
+    header = ("model", "layer", "norm of Z", "eta", "validation accuracy", "difference to none, 95 % interval")
+    return lines and markdown_table(header, lines)
 
 
 def table_matrices(measured, rows):
     """Eq. 11 of trained models; a standard transformer's with its query, key and value matrices in the place of U."""
-    runs = {row["run"] for row in rows}
-    lines = []
+    runs, lines = {row["run"] for row in rows}, []
     for model in names(rows):
         own = [row for row in measured if row["model"] == model and row["run"] in runs]
         if own:
             columns = ("srr", "srr_key", "srr_value")
-            lines.append([model, *(spread([float(row[key]) for row in own if row.get(key)]) for key in columns)])
-    return lines and markdown_table(
-        ["model", "SRR with U (in vit the query matrix)", "with the key matrix", "with the value matrix"], lines
-    )
+            lines.append([model, *(spread(float(row[key]) for row in own if row.get(key)) for key in columns)])
+    header = ("model", "SRR with U (in vit the query matrix)", "with the key matrix", "with the value matrix")
+    return lines and markdown_table(header, lines)
 
 
 def provenance_table(rows):
     """Who made the runs, with what and in which time."""
     groups = {}
     for row in rows:
-        key = (row["command"], (row["commit"] or "unknown")[:10], row["torch"], f"{row['device']} ({row['processor']})")
+        key = (f"`{row['command']}`", (row["commit"] or "unknown")[:10], row["torch"], f"{row['device']} ({row['processor']})")
         groups.setdefault(key, []).append(float(row["seconds"]))
-    lines = [[f"`{key[0]}`", *key[1:], len(s), f"{sum(s):.0f}"] for key, s in groups.items()]
+    lines = [[*key, len(seconds), f"{sum(seconds):.0f}"] for key, seconds in groups.items()]
     return markdown_table(["command", "commit", "torch", "device", "runs", "seconds of training, summed"], lines)

@@ -83,7 +83,7 @@ def test_strengths_are_chosen_on_held_out_images():
     (line,) = cells(tables.table_regularisers(rows))[2:]
     assert line[0] == "crate-c" and line[1].startswith("80.00")
     assert [cell.split(" [")[0] for cell in line[2:]] == ["0.01: +5.00", "0.1: +5.00", "0.2: +5.00"]
-    lines = cells(tables.table_choices(rows, "srr_reg", "eta"))[2:]
+    lines = cells(tables.table_choices(rows))[2:]
     assert [line[1] for line in lines] == ["0.0", "0.001", "**0.01**"]
     assert [line[2].split()[0] for line in lines] == ["99.00", "70.00", "80.00"]
 
