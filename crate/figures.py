@@ -134,7 +134,7 @@ def scatter(panels, gap, levels, path, *, gap_name, legend=None):
             axis.locator_params(axis="x", nbins=4)
         for level, colour in colours.items():
             own = levels == level
-            axis.scatter(values[own], gap[own], size, colour, alpha=0.8, linewidths=0, label=level)
+            axis.scatter(values[own], gap[own], s=size, color=colour, alpha=0.8, linewidths=0, label=level)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(name, fontsize=8 if len(name) < 24 else 6.5)
         axis.tick_params(labelsize=7)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from crate import claims, tables
+from crate.claims import nested
 from crate.cli import InputError, Parser, output_folder, run
 from crate.config import DEFAULTS, VARIANT_TABLE
 from crate.files import markdown_table, read_csv, write_csv, write_text
@@ -44,6 +45,10 @@ is slightly best, below PAC-Bayes flatness on dropout and model type.
     "Table 6": "The paper: a random layer is worse than a fixed one; shallower layers may gain more.\n",
 }
 
+# The points of crate.srr.operator_rates before and after every operator.
+STEPS = {"attention step": ("input", "compressed"), "LayerNorm": ("compressed", "normalised"), "ISTA": ("normalised", "output")}
+STEPS_OF_VIT = {"attention step": ("input", "compressed"), "MLP": ("compressed", "output")}
+
 
 def collect(runs, results):
     """Write runs.csv (a row per finished run), layers.csv (layer-wise SRR by epoch) and operators.csv from the run folders.
@@ -60,12 +65,11 @@ def collect(runs, results):
         row = {"run": path.parent.name} | {key: config.get(key, "") for key in COLUMNS}
         row["max_epochs"] = row.pop("epochs")
         row |= {key: result[key] for key in RESULTS} | {"torch": config["versions"]["torch"]}
-        row["processor"] = f"{config['versions']['processor']}, {config['versions']['cores']} cores"
+        row["processor"] = "{processor}, {cores} cores".format(**config["versions"])
         rows.append(row)
         if any(config[key] for key in ("hold_out", "srr_reg", "weight_decay", "dropout")):
             continue
-        for line in path.with_name("log.jsonl").read_text().splitlines():
-            epoch = json.loads(line)
+        for epoch in map(json.loads, path.with_name("log.jsonl").read_text().splitlines()):
             where = {"run": path.parent.name, "epoch": epoch["epoch"]}
             for images, key in (("train", "srr"), ("val", "srr_val")):
                 layers += [parts(where | {"images": images, "layer": l}, of) for l, of in enumerate(epoch.get(key, []), 1)]
@@ -73,162 +77,142 @@ def collect(runs, results):
                 operators += [parts(where | {"layer": l, "point": point}, of) for point, of in points.items()]
     if not rows:
         raise InputError(f"--runs {runs}: no finished run there; train first")
-    write_csv(Path(results) / "runs.csv", rows)
-    for name, table in (("layers", layers), ("operators", operators)):
+    for name, table in (("runs", rows), ("layers", layers), ("operators", operators)):
         if table:
             write_csv(Path(results) / f"{name}.csv", table)
 
 
+def read_typed(path):
+    """The rows of a CSV, with ints, floats, True, False and None (an empty cell) for their text; none where it is missing."""
+
+    def typed(text):
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                pass
+        return {"True": True, "False": False, "": None}.get(text, text)
+
+    rows = read_csv(path) if path.exists() else []
+    return [{key: typed(text) for key, text in row.items()} for row in rows]
+
+
 def with_run(table, rows):
-    """The rows of layers.csv or operators.csv that belong to `rows`, as numbers, with the run's model and seed."""
-    runs, text = {row["run"]: row for row in rows}, ("run", "images", "point")
-    return [
-        {key: value if key in text else float(value) for key, value in row.items()}
-        | {key: runs[row["run"]][key] for key in ("model", "seed")}
-        for row in table if row["run"] in runs
-    ]  # fmt: skip
+    """The rows of layers.csv or operators.csv that belong to the runs `rows`, with the run's model, seed and depth."""
+    runs = {row["run"]: {key: row[key] for key in ("model", "seed", "depth")} for row in rows}
+    return [row | runs[row["run"]] for row in table if row["run"] in runs]
 
 
-def nested(rows, value, *keys):
-    """{first key: {second key: .. {last key: [value of every row]}}}."""
-    result = {}
-    for row in rows:
-        level = result
-        for key in keys[:-1]:
-            level = level.setdefault(row[key], {})
-        level.setdefault(row[keys[-1]], []).append(value(row))
-    return result
-
-
-def layer_figures(layers, operators, results):
-    """Layer-wise SRR by epoch, its parts (Figs. 2, 3), and what each operator changes, drawn to results/figures."""
+def layer_figures(layers, operators, folder):
+    """Layer-wise SRR by epoch, its parts (Figs. 2, 3), and what each operator changes, drawn to `folder`."""
     from crate import figures
 
-    def ordered(by_model):
-        return {name: by_model[name] for name in VARIANT_TABLE if name in by_model}
+    def in_order(rows):
+        return sorted(rows, key=lambda row: (list(VARIANT_TABLE).index(row["model"]), row["epoch"]))
 
-    def by_epoch(panel):
-        return {"at initialisation" if epoch == 0 else f"epoch {epoch:g}": panel[epoch] for epoch in sorted(panel)}
+    def draw(name, panels, label, **style):
+        if panels:
+            figures.by_layer(panels, folder / f"{name}.png", label=label, **style)
 
-    parts = {
-        "SRR": lambda row: row["srr"], r"$\lambda ||Z||_0$": lambda row: row["srr"] - row["rate_subspaces"] + row["rate"],
-        "$R^c$": lambda row: row["rate_subspaces"], "$R$": lambda row: row["rate"],
-    }  # fmt: skip
-    for images, name in (("train", "fig_2"), ("val", "fig_2_validation")):
-        rows = [row for row in layers if row["images"] == images and row["model"] in (*claims.MAIN, "crate-e")]
-        own = ordered(nested(rows, parts["SRR"], "model", "epoch", "layer"))
-        panels = {model: by_epoch(panel) for model, panel in own.items()}
-        label = "SRR measure, $\\lambda ||Z||_0 + R^c - R$"
-        figures.by_layer(panels, results / "figures" / f"{name}.png", label=label, sequential=True)
+    layers = [
+        row | {"when": f"epoch {row['epoch']}" if row["epoch"] else "at initialisation"}
+        for row in in_order(layers)
+        if row["model"] in (*claims.MAIN, "crate-e")
+    ]
+    train, val = ([row for row in layers if row["images"] == images] for images in ("train", "val"))
+    for name, rows in (("fig_2", train), ("fig_2_validation", val)):
+        panels = nested(rows, lambda row: row["srr"], "model", "when", "layer")
+        draw(name, panels, r"SRR measure, $\lambda ||Z||_0 + R^c - R$", sequential=True)
+
     panels = {}
-    train = [row for row in layers if row["images"] == "train"]
-    by_part = {part: nested(train, value, "model", "epoch", "layer") for part, value in parts.items() if part != "SRR"}
-    for model in (name for name in ordered(by_part["$R$"]) if name in claims.MAIN):
-        panels |= {f"{model}: {part}": by_epoch(by_model[model]) for part, by_model in by_part.items()}
-    figures.by_layer(panels, results / "figures" / "fig_2_parts.png", label="nats", sequential=True, share=False)
+    for model in filter(claims.MAIN.__contains__, tables.names(train)):
+        own = [row for row in train if row["model"] == model]
+        for part, value in (
+            (r"$\lambda ||Z||_0$", lambda row: row["srr"] - row["rate_subspaces"] + row["rate"]),
+            ("$R^c$", lambda row: row["rate_subspaces"]),
+            ("$R$", lambda row: row["rate"]),
+        ):
+            panels[f"{model}: {part}"] = nested(own, value, "when", "layer")
+    draw("fig_2_parts", panels, "nats", sequential=True, share=False)
 
-    if operators:
-        last = max(row["epoch"] for row in operators)
-        steps = {
-            "attention step": ("input", "compressed"),
-            "LayerNorm": ("compressed", "normalised"),
-            "ISTA": ("normalised", "output"),
-        }
-        values = {("$R^c$", "rate"): lambda row: row["rate_subspaces"],
-                  (r"$\lambda ||Z||_0 - R$", "sparse_rate"): lambda row: row["srr"] - row["rate_subspaces"]}  # fmt: skip
-        for (label, name), value in values.items():
-            own = nested([row for row in operators if row["epoch"] == last], value, "model", "point", "layer")
-            panels = {
-                model: {
-                    step if "normalised" in points else {"LayerNorm": "MLP"}.get(step, step): {
-                        layer: np.subtract(points.get(after, points["output"])[layer], points[before][layer])
-                        for layer in points[before]
-                    }
-                    for step, (before, after) in steps.items() if before in points
-                }
-                for model, points in ordered(own).items()
-            }  # fmt: skip
-            figures.by_layer(panels, results / "figures" / f"operators_{name}.png", label=f"change of {label} (nats)")
+    def change(points, before, after):
+        return {layer: np.subtract(points[after][layer], values) for layer, values in points[before].items()}
+
+    last = max((row["epoch"] for row in operators), default=0)
+    trained = in_order(row for row in operators if row["epoch"] == last)
+    for name, part, value in (
+        ("operators_rate", "$R^c$", lambda row: row["rate_subspaces"]),
+        ("operators_sparse_rate", r"$\lambda ||Z||_0 - R$", lambda row: row["srr"] - row["rate_subspaces"]),
+    ):
+        panels = {}
+        for model, points in nested(trained, value, "model", "point", "layer").items():
+            steps = STEPS if "normalised" in points else STEPS_OF_VIT
+            panels[model] = {step: change(points, *between) for step, between in steps.items()}
+        draw(name, panels, f"change of {part} (nats)")
 
 
 def depth_section(fixed, layers, results):
     """Accuracy by depth, and SRR along the layers of trained models of every depth."""
     from crate import figures
 
-    depths = sorted({row["depth"] for row in fixed}, key=int)
-    if len(depths) < 2:
+    depths, lines = tables.values_of(fixed, "depth"), []
+    for model in tables.names(fixed):
+        by_depth = [tables.accuracies(fixed, model, depth=depth).values() for depth in depths]
+        if sum(map(bool, by_depth)) > 1:
+            lines.append([model, *map(tables.spread, by_depth)])
+    if not lines:
         return []
-    models = tables.names(fixed)
-    by_depth = {model: {depth: tables.accuracies(fixed, model, depth=depth) for depth in depths} for model in models}
-    lines = [
-        [model, *(tables.spread(a.values()) for a in own.values())]
-        for model, own in by_depth.items()
-        if sum(map(bool, own.values())) > 1
-    ]
-    others = [key for key in tables.VARIED if key != "depth"]
-    plain = {row["run"]: row["depth"] for row in fixed if all(row[k] == tables.settings_of(row)[k] for k in others)}
-    last = max((row["epoch"] for row in layers), default=0)
-    rows = [
-        row | {"depth": plain[row["run"]]}
-        for row in layers
-        if row["run"] in plain and row["images"] == "train" and row["epoch"] == last
-    ]
-    curves = nested(rows, lambda row: row["srr"], "model", "depth", "layer")
-    panels = {
-        model: {f"L = {d}": curves[model][d] for d in depths if d in curves[model]} for model, *_ in lines if model in curves
-    }
+    rows = sorted(with_run(layers, tables.at_preset(fixed, ("depth",))), key=lambda row: int(row["depth"]))
+    last = max((row["epoch"] for row in rows), default=0)
+    rows = [row | {"L": f"L = {row['depth']}"} for row in rows if row["images"] == "train" and row["epoch"] == last]
+    panels = nested(rows, lambda row: row["srr"], "model", "L", "layer")
+    panels = {model: panels[model] for model, *_ in lines if model in panels}
     if panels:
-        label = "SRR measure after training"
-        figures.by_layer(panels, Path(results) / "figures" / "depth.png", label=label, sequential=True)
-    return [
-        markdown_table(["validation accuracy, %", *(f"L = {depth}" for depth in depths)], lines),
-        image(
-            "SRR along the layers of trained models of every depth, mean over seeds, 95 % intervals",
-            "figures/depth.png",
-            results,
-        ),
-    ]
+        figures.by_layer(panels, results / "figures/depth.png", label="SRR measure after training", sequential=True)
+    caption = "SRR along the layers of trained models of every depth, mean over seeds, 95 % intervals"
+    table = markdown_table(["validation accuracy, %", *(f"L = {depth}" for depth in depths)], lines)
+    return [table, image(results, "figures/depth.png", caption)]
 
 
-def correlations(results, gap, what):
-    """The rank statistics that correlate.py left in results/`gap`: tables and figures, over all runs and for each width."""
+def by_width(folder):
+    """{"d = 48": folder/width=48, ...}: where correlate.py left the statistics of each width."""
+    widths = sorted(int(path.name.removeprefix("width=")) for path in folder.glob("width=*"))
+    return {f"d = {width}": folder / f"width={width}" for width in widths}
+
+
+def correlations(results, name, what):
+    """The rank statistics that correlate.py left in results/`name`: tables and figures, for each width and over all runs."""
     parts = []
-    folders = [*sorted(Path(results).glob(f"{gap}/width=*"), key=lambda f: int(f.name.split("=")[1])), Path(results) / gap]
-    for folder in folders:
-        if not (folder / "correlation.md").exists():
-            continue
-        path = folder.relative_to(results)
-        which = f"d = {path.name.split('=')[1]}" if "=" in path.name else "all widths"
-        parts.append(f"### {what}, {which}\n\n" + (folder / "correlation.md").read_text())
-        parts.append(image(f"Kendall's tau with its 95 % bootstrap interval, {what}, {which}", f"{path}/forest.png", results))
-        parts.append(image(f"{what} against each measure, {which} (Figs. 4, 6)", f"{path}/scatter.png", results))
-        parts.append(image(f"Rank correlation between the measures, {which}", f"{path}/heatmap.png", results))
+    for which, folder in (by_width(results / name) | {"all widths": results / name}).items():
+        if (folder / "correlation.md").exists():
+            path = folder.relative_to(results)
+            parts += [
+                f"### {what}, {which}\n\n" + (folder / "correlation.md").read_text(),
+                image(results, path / "forest.png", f"Kendall's tau with its 95 % bootstrap interval, {what}, {which}"),
+                image(results, path / "scatter.png", f"{what} against each measure, {which} (Figs. 4, 6)"),
+                image(results, path / "heatmap.png", f"Rank correlation between the measures, {which}"),
+            ]
     return parts
 
 
-def section(title, *parts):
-    """A section of the report without its empty parts, or nothing where all are empty."""
+def image(results, path, caption):
+    """Markdown of the figure at results/`path`, or nothing where it wasn't drawn."""
+    return f"![{caption}]({path})\n\n*{caption}*\n" if (results / path).exists() else ""
+
+
+def section(title, above, *parts):
+    """A section of the report, `above` before its parts without the empty ones, or nothing where all are empty."""
     parts = [part for part in parts if part]
-    return [f"## {title}\n", *parts] if parts else []
+    return list(filter(None, (f"## {title}\n", above, *parts))) if parts else []
 
 
-def image(caption, path, results):
-    """Markdown of the figure at `path`, or nothing where it wasn't drawn."""
-    return f"![{caption}]({path})\n\n*{caption}*\n" if (Path(results) / path).exists() else ""
-
-
-def all_claims(results, rates, base, fixed, layers, operators):
+def all_claims(results, rates, fixed, layers, operators):
     """The claims table's rows, from whatever tables there are (crate/claims.py)."""
     rows = claims.attention_claims(rates)
     rows += claims.layer_claims([row for row in layers if row["images"] == "train"])
     rows += claims.operator_claims(operators)
-    folders = sorted(Path(results).glob("correlation/width=*"), key=lambda folder: int(folder.name.split("=")[1]))
-    for folder in folders:
-        table = [
-            {key: value if key in ("measure", "note") else float(value) for key, value in row.items()}
-            for row in read_csv(folder / "correlation.csv")
-        ]
-        rows += claims.correlation_claims(table, f"d = {folder.name.split('=')[1]}", folder == folders[0])
+    for k, (which, folder) in enumerate(by_width(results / "correlation").items()):
+        rows += claims.correlation_claims(read_typed(folder / "correlation.csv"), which, first=k == 0)
 
     def accuracy(model, layer=None, among_layers=False):
         if model not in tables.names(fixed):
@@ -241,18 +225,15 @@ def all_claims(results, rates, base, fixed, layers, operators):
 
 def write_report(results, attention):
     """REPORT.md and its figures, from the tables in `results` and the attention-only tables in `attention`."""
-    results, text = Path(results), []
 
     def table(name):
         return read_csv(results / name) if (results / name).exists() else []
 
-    rows = table("runs.csv")
-    grid, fixed = [row for row in rows if row["stop_at_loss"]], tables.at_preset(rows)
-    base = [row for row in fixed if all(row[key] == tables.settings_of(row)[key] for key in tables.VARIED)]
-    rates = read_rates(Path(attention) / "rates.csv") if (Path(attention) / "rates.csv").exists() else []
-    every_layer = table("layers.csv")
-    layers, operators = with_run(every_layer, base), with_run(table("operators.csv"), base)
-    claimed = all_claims(results, rates, base, fixed, layers, operators)
+    rows, text = table("runs.csv"), []
+    grid, fixed, base = [row for row in rows if row["stop_at_loss"]], tables.at_preset(rows), tables.at_preset(rows, ())
+    rates, every_layer = read_typed(Path(attention) / "rates.csv"), read_typed(results / "layers.csv")
+    layers, operators = with_run(every_layer, base), with_run(read_typed(results / "operators.csv"), base)
+    claimed = all_claims(results, rates, fixed, layers, operators)
     if claimed:
         write_csv(results / "claims.csv", claimed)
         text += section("The paper's claims on these data", CLAIMS, tables.claims_table(claimed))
@@ -262,62 +243,48 @@ def write_report(results, attention):
             "Does a compression step lower R^c? (Section 4.1)",
             PAPER["4.1"],
             tables.attention_table(rates),
-            image("R^c before and after CRATE-C's attention step, by layer (Fig. 1a)", f"{folder}/fig_1a.png", results),
-            image("The logarithm and its expansions (Fig. 1b)", f"{folder}/fig_1b.png", results),
-            image("R^c before and after each update, by layer (Fig. 5, and CRATE-N)", f"{folder}/fig_5.png", results),
+            image(results, f"{folder}/fig_1a.png", "R^c before and after CRATE-C's attention step, by layer (Fig. 1a)"),
+            image(results, f"{folder}/fig_1b.png", "The logarithm and its expansions (Fig. 1b)"),
+            image(results, f"{folder}/fig_5.png", "R^c before and after each update, by layer (Fig. 5, and CRATE-N)"),
         )
     if layers:
-        layer_figures(layers, operators, results)
+        layer_figures(layers, operators, results / "figures")
         what = "of every layer's output, by epoch, mean over seeds, 95 % intervals"
         text += section(
             "Layer-wise SRR (Section 4.3)",
             PAPER["4.3"],
-            image(f"SRR measure {what}, on training images (Figs. 2, 3)", "figures/fig_2.png", results),
-            image(f"SRR measure {what}, on validation images", "figures/fig_2_validation.png", results),
-            image(f"The parts of SRR {what}, on training images", "figures/fig_2_parts.png", results),
-            image("What each operator of trained models adds to R^c, by layer", "figures/operators_rate.png", results),
-            image("What each operator adds to the sparse rate", "figures/operators_sparse_rate.png", results),
+            image(results, "figures/fig_2.png", f"SRR measure {what}, on training images (Figs. 2, 3)"),
+            image(results, "figures/fig_2_validation.png", f"SRR measure {what}, on validation images"),
+            image(results, "figures/fig_2_parts.png", f"The parts of SRR {what}, on training images"),
+            image(results, "figures/operators_rate.png", "What each operator of trained models adds to R^c, by layer"),
+            image(results, "figures/operators_sparse_rate.png", "What each operator adds to the sparse rate"),
         )
-    if grid:
-        text += section("The models of Section 5 (Table 4)", tables.table_4(grid))
     ranks = correlations(results, "correlation", "gap in cross-entropy")
     ranks += correlations(results, "correlation_accuracy", "gap in accuracy")
-    text += section("SRR as a complexity measure (Section 5; Tables 1, 5)", ranks and PAPER["5"], *ranks)
-    if fixed:
-        for title, above, of_section in (
-            ("SRR in the loss, last layer (Section 6, Table 2)", ACCURACY + PAPER["Table 2"], tables.table_2(fixed)),
-            ("Choosing eta", HELD_OUT, tables.table_choices(fixed)),
-            ("SRR against weight decay and dropout", ACCURACY, tables.table_regularisers(fixed)),
-            ("Output matrices (Table 3), and models beyond the paper", ACCURACY + PAPER["Table 3"], tables.table_3(fixed)),
-            ("Which layer's SRR (Table 6)", ACCURACY + PAPER["Table 6"], tables.table_6(fixed)),
-        ):
-            text += section(title, of_section and above, of_section)
-        text += section("SRR of a standard transformer", tables.table_matrices(table("srr.csv"), base))
-        text += section("Depth", *depth_section(fixed, with_run(every_layer, fixed), results))
-    if rows:
-        text += section("Where the numbers come from", tables.provenance_table(rows))
+    for title, above, *parts in (
+        ("The models of Section 5 (Table 4)", "", grid and tables.table_4(grid)),
+        ("SRR as a complexity measure (Section 5; Tables 1, 5)", PAPER["5"], *ranks),
+        ("SRR in the loss, last layer (Section 6, Table 2)", ACCURACY + PAPER["Table 2"], tables.table_2(fixed)),
+        ("Choosing eta", HELD_OUT, tables.table_choices(fixed)),
+        ("SRR against weight decay and dropout", ACCURACY, tables.table_regularisers(fixed)),
+        ("Output matrices (Table 3), and models beyond the paper", ACCURACY + PAPER["Table 3"], tables.table_3(fixed)),
+        ("Which layer's SRR (Table 6)", ACCURACY + PAPER["Table 6"], tables.table_6(fixed)),
+        ("SRR of a standard transformer", "", tables.table_matrices(table("srr.csv"), base)),
+        ("Depth", "", *depth_section(fixed, every_layer, results)),
+        ("Where the numbers come from", "", rows and tables.provenance_table(rows)),
+    ):
+        text += section(title, above, *parts)
     if not text:
         raise InputError(f"--results {results}: no table there to report; name --runs, or run the earlier stages")
     write_text(results / "REPORT.md", "\n".join([f"# Report: {results.name}\n", *text]))
 
 
-def read_rates(path):
-    """The rows that attention_only.py wrote, as numbers."""
-    return [
-        {key: row[key] for key in ("rule", "seed")}
-        | {"layer": int(row["layer"]), "overflow": row["overflow"] == "True"}
-        | {when: float(row[when]) if row[when] else None for when in ("before", "after")}
-        for row in read_csv(path)
-    ]
-
-
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--runs", help="folder of run folders, such as runs/laptop; without it, --results is reported as it is")
-    parser.add_argument("--results", required=True, help="folder of the tables, such as results/digits")
-    parser.add_argument(
-        "--attention", default="results/attention_only", help="what attention_only.py wrote (default: %(default)s)"
-    )
+    add = parser.add_argument
+    add("--runs", help="folder of run folders, such as runs/laptop; without it, --results is reported as it is")
+    add("--results", required=True, help="folder of the tables, such as results/digits")
+    add("--attention", default="results/attention_only", help="what attention_only.py wrote (default: %(default)s)")
     arguments = parser.parse_args()
     results = output_folder(arguments.results, "--results")
     if arguments.runs:

@@ -95,7 +95,7 @@ def test_depth(tmp_path):
         {"run": f"L{L}s{s}", "epoch": epoch, "layer": l, "images": images, "srr": l + s, "rate": 1, "rate_subspaces": 1}
         for L in (2, 4, 8) for s in range(2) for epoch in (0, 9) for images in ("train", "val") for l in range(1, L + 1)
     ]  # fmt: skip
-    table, image = report.depth_section(rows, report.with_run(layers, rows), tmp_path)
+    table, image = report.depth_section(rows, layers, tmp_path)
     (line,) = cells(table)[2:]  # crate has one depth alone
     assert cells(table)[0][1:] == ["L = 2", "L = 4", "L = 8"]
     assert [cell.split()[0] for cell in line] == ["crate-c", "57.00", "59.00", "63.00"]
