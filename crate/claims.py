@@ -10,10 +10,6 @@ import math
 import numpy as np
 
 MAIN = ("crate-c", "crate-n", "crate-t", "crate")  # the model types of Sections 4.3, 5 and 6
-NORM_MEASURES = (
-    "log_prod_of_fro", "log_sum_of_fro", "log_prod_of_spec", "log_sum_of_spec", "log_prod_of_fro_over_margin",
-    "log_sum_of_fro_over_margin", "log_prod_of_spec_over_margin", "log_sum_of_spec_over_margin",
-)  # fmt: skip
 
 
 def verdict(low, high, side):
@@ -36,14 +32,15 @@ def interval(values):
     return values.mean(), bounds.low, bounds.high
 
 
-def nested(rows, value, *keys):
-    """{first key: {second key: .. {last key: [value(row) of every row]}}}."""
+def nested(rows, *columns):
+    """{value of the first column: {of the second: .. [values of the last column, in the order of the rows]}}."""
+    *outer, inner, last = columns
     result = {}
     for row in rows:
         level = result
-        for key in keys[:-1]:
-            level = level.setdefault(row[key], {})
-        level.setdefault(row[keys[-1]], []).append(value(row))
+        for column in outer:
+            level = level.setdefault(row[column], {})
+        level.setdefault(row[inner], []).append(row[last])
     return result
 
 
@@ -60,8 +57,8 @@ def over_seeds(section, claims):
 
 def attention_claims(rates):
     """Section 4.1, from rows {rule, seed, layer, before, after, overflow} of the attention-only experiment."""
-    finite = [row for row in rates if not row["overflow"]]
-    changes = nested(finite, lambda row: row["after"] - row["before"], "rule", "seed")  # of R^c, by layer
+    finite = [row | {"change": row["after"] - row["before"]} for row in rates if not row["overflow"]]
+    changes = nested(finite, "rule", "seed", "change")  # of R^c, [by layer]
 
     def by_seed(number, rule):
         return [number(by_layer) for by_layer in changes.get(rule, {}).values()]
@@ -76,8 +73,7 @@ def attention_claims(rates):
 
 def layer_claims(layers):
     """Section 4.3, from rows {model, seed, epoch, layer, srr} of layer-wise SRR on training images."""
-    rows = sorted(layers, key=lambda row: row["layer"])
-    curves = nested(rows, lambda row: row["srr"], "seed", "model", "epoch")  # SRR by layer
+    curves = nested(sorted(layers, key=lambda row: row["layer"]), "seed", "model", "epoch", "srr")  # [by layer]
 
     def means(number, models=MAIN):  # over the model types, one per seed
         chosen = [[number(by_model[m]) for m in models if m in by_model] for by_model in curves.values()]
@@ -103,7 +99,7 @@ def operator_claims(operators):
     """What compresses, from rows {model, seed, epoch, layer, point, rate_subspaces} at the last epoch (operator_rates)."""
     last = max((row["epoch"] for row in operators), default=0)
     trained = [row for row in operators if row["epoch"] == last]
-    rates = nested(trained, lambda row: row["rate_subspaces"], "model", "seed", "point")  # R^c by layer
+    rates = nested(trained, "model", "seed", "point", "rate_subspaces")  # [by layer]
     attention, ista = ("input", "compressed"), ("normalised", "output")
 
     def change(model, before, after):
@@ -133,6 +129,7 @@ def correlation_claims(rows, which, first):
     if "srr" not in by_name:
         return []
     rivals = [name for name in by_name if not name.startswith("srr")]
+    norms = [name for name in by_name if name.startswith(("log_prod_of_", "log_sum_of_"))]
     claims = [  # text, in which {} is the measure that decides; side; number; measures that the claim is about
         ("SRR correlates with the gap: tau", +1, "tau", ["srr"]),
         ("SRR has the highest tau: tau minus that of its closest rival, {}", +1, "diff_srr", rivals),
@@ -140,7 +137,7 @@ def correlation_claims(rows, which, first):
     if first:
         claims += [
             ("SRR wins on the model-type axis: psi minus that of its closest rival, {}", +1, "diff_srr_psi_model", rivals),
-            ("Products and sums of norms all correlate negatively: tau of {}", -1, "tau", NORM_MEASURES),
+            ("Products and sums of norms all correlate negatively: tau of {}", -1, "tau", norms),
             ("Path-norm correlates negatively: tau", -1, "tau", ["path_norm"]),
             ("1/margin correlates positively: tau", +1, "tau", ["inverse_margin"]),
             ("PAC-Bayes flatness correlates positively: tau", +1, "tau", ["pacbayes_flatness"]),

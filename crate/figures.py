@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 
-from crate.claims import interval
+from crate.claims import interval, nested
 
 # Okabe and Ito's colours, told apart with any colour vision; one per model type, the same in every figure.
 COLOURS = {
@@ -61,13 +61,13 @@ def rates_by_layer(rows, titles, path):
     for axis, (rule, title) in zip(axes, titles.items()):
         own = [row for row in rows if row["rule"] == rule]
         overflow = min((row["layer"] for row in own if row["overflow"]), default=math.inf)
-        layers = sorted({row["layer"] for row in own if row["layer"] < overflow})
+        drawn = [row for row in own if row["layer"] < overflow]
         for when, colour, marker in (("before", GREY, "o"), ("after", COLOURS["crate-n"], "s")):
-            values = [[row[when] for row in own if row["layer"] == layer] for layer in layers]
+            layers, values = zip(*nested(drawn, "layer", when).items()) if drawn else ((), ())
             axis.fill_between(layers, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.25, linewidth=0)
             axis.plot(layers, [*map(np.mean, values)], marker + "-", color=colour, markersize=4, label=f"{when} the step")
         if overflow < math.inf:
-            axis.set_yscale("log" if layers else "linear")  # nothing is drawn where the first layer has overflowed
+            axis.set_yscale("log" if drawn else "linear")
             axis.axvline(overflow, color=GREY, linestyle=":")
             axis.annotate(f"overflow at layer {overflow}", (overflow, 0.5), xycoords=("data", "axes fraction"), rotation=90,
                           xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)  # fmt: skip
@@ -89,11 +89,13 @@ def log_curves(curves, path):
 
 
 def by_layer(panels, path, *, label, sequential=False, share=True):
-    """Lines over the layers, mean over seeds with its 95 % interval shaded, a panel each (Figs. 2, 3).
+    """Lines over the layers, mean over seeds with its 95 % interval shaded, a panel each (Figs. 2, 3); no file without panels.
 
     panels: {title: {line: {layer: [value of each seed]}}}; sequential: the lines have an order, such as epochs; share: the
     panels have one vertical axis.
     """
+    if not panels:
+        return
     columns = min(len(panels), 3)
     figure, axes = grid(len(panels), columns, width=8 / columns, height=2.5, sharey=share)
     lines = dict.fromkeys(line for panel in panels.values() for line in panel)

@@ -98,57 +98,51 @@ def read_typed(path):
 
 
 def with_run(table, rows):
-    """The rows of layers.csv or operators.csv that belong to the runs `rows`, with the run's model, seed and depth."""
+    """The rows of layers.csv or operators.csv of the runs `rows`, with model, seed and depth, ordered by model and epoch."""
     runs = {row["run"]: {key: row[key] for key in ("model", "seed", "depth")} for row in rows}
-    return [row | runs[row["run"]] for row in table if row["run"] in runs]
+    own = [row | runs[row["run"]] for row in table if row["run"] in runs]
+    models = list(VARIANT_TABLE)
+    return sorted(own, key=lambda row: (models.index(row["model"]), row["epoch"]))
 
 
 def layer_figures(layers, operators, folder):
     """Layer-wise SRR by epoch, its parts (Figs. 2, 3), and what each operator changes, drawn to `folder`."""
     from crate import figures
 
-    def in_order(rows):
-        return sorted(rows, key=lambda row: (list(VARIANT_TABLE).index(row["model"]), row["epoch"]))
-
-    def draw(name, panels, label, **style):
-        if panels:
-            figures.by_layer(panels, folder / f"{name}.png", label=label, **style)
-
     layers = [
         row | {"when": f"epoch {row['epoch']}" if row["epoch"] else "at initialisation"}
-        for row in in_order(layers)
+        for row in layers
         if row["model"] in (*claims.MAIN, "crate-e")
     ]
     train, val = ([row for row in layers if row["images"] == images] for images in ("train", "val"))
+    label = r"SRR measure, $\lambda ||Z||_0 + R^c - R$"
     for name, rows in (("fig_2", train), ("fig_2_validation", val)):
-        panels = nested(rows, lambda row: row["srr"], "model", "when", "layer")
-        draw(name, panels, r"SRR measure, $\lambda ||Z||_0 + R^c - R$", sequential=True)
+        panels = nested(rows, "model", "when", "layer", "srr")
+        figures.by_layer(panels, folder / f"{name}.png", label=label, sequential=True)
 
-    panels = {}
-    for model in filter(claims.MAIN.__contains__, tables.names(train)):
-        own = [row for row in train if row["model"] == model]
-        for part, value in (
-            (r"$\lambda ||Z||_0$", lambda row: row["srr"] - row["rate_subspaces"] + row["rate"]),
-            ("$R^c$", lambda row: row["rate_subspaces"]),
-            ("$R$", lambda row: row["rate"]),
-        ):
-            panels[f"{model}: {part}"] = nested(own, value, "when", "layer")
-    draw("fig_2_parts", panels, "nats", sequential=True, share=False)
+    rows = []
+    for row in train:
+        if row["model"] in claims.MAIN:
+            sparsity = row["srr"] - row["rate_subspaces"] + row["rate"]
+            parts = {r"$\lambda ||Z||_0$": sparsity, "$R^c$": row["rate_subspaces"], "$R$": row["rate"]}
+            rows += [row | {"panel": f"{row['model']}: {part}", "nats": nats} for part, nats in parts.items()]
+    panels = nested(rows, "panel", "when", "layer", "nats")
+    figures.by_layer(panels, folder / "fig_2_parts.png", label="nats", sequential=True, share=False)
 
     def change(points, before, after):
         return {layer: np.subtract(points[after][layer], values) for layer, values in points[before].items()}
 
     last = max((row["epoch"] for row in operators), default=0)
-    trained = in_order(row for row in operators if row["epoch"] == last)
-    for name, part, value in (
-        ("operators_rate", "$R^c$", lambda row: row["rate_subspaces"]),
-        ("operators_sparse_rate", r"$\lambda ||Z||_0 - R$", lambda row: row["srr"] - row["rate_subspaces"]),
+    trained = [row | {"sparse_rate": row["srr"] - row["rate_subspaces"]} for row in operators if row["epoch"] == last]
+    for name, column, part in (
+        ("operators_rate", "rate_subspaces", "$R^c$"),
+        ("operators_sparse_rate", "sparse_rate", r"$\lambda ||Z||_0 - R$"),
     ):
         panels = {}
-        for model, points in nested(trained, value, "model", "point", "layer").items():
+        for model, points in nested(trained, "model", "point", "layer", column).items():
             steps = STEPS if "normalised" in points else STEPS_OF_VIT
             panels[model] = {step: change(points, *between) for step, between in steps.items()}
-        draw(name, panels, f"change of {part} (nats)")
+        figures.by_layer(panels, folder / f"{name}.png", label=f"change of {part} (nats)")
 
 
 def depth_section(fixed, layers, results):
@@ -165,10 +159,9 @@ def depth_section(fixed, layers, results):
     rows = sorted(with_run(layers, tables.at_preset(fixed, ("depth",))), key=lambda row: int(row["depth"]))
     last = max((row["epoch"] for row in rows), default=0)
     rows = [row | {"L": f"L = {row['depth']}"} for row in rows if row["images"] == "train" and row["epoch"] == last]
-    panels = nested(rows, lambda row: row["srr"], "model", "L", "layer")
+    panels = nested(rows, "model", "L", "layer", "srr")
     panels = {model: panels[model] for model, *_ in lines if model in panels}
-    if panels:
-        figures.by_layer(panels, results / "figures/depth.png", label="SRR measure after training", sequential=True)
+    figures.by_layer(panels, results / "figures/depth.png", label="SRR measure after training", sequential=True)
     caption = "SRR along the layers of trained models of every depth, mean over seeds, 95 % intervals"
     table = markdown_table(["validation accuracy, %", *(f"L = {depth}" for depth in depths)], lines)
     return [table, image(results, "figures/depth.png", caption)]
@@ -226,17 +219,14 @@ def all_claims(results, rates, fixed, layers, operators):
 def write_report(results, attention):
     """REPORT.md and its figures, from the tables in `results` and the attention-only tables in `attention`."""
 
-    def table(name):
-        return read_csv(results / name) if (results / name).exists() else []
-
-    rows, text = table("runs.csv"), []
+    rows = read_csv(results / "runs.csv") if (results / "runs.csv").exists() else []
     grid, fixed, base = [row for row in rows if row["stop_at_loss"]], tables.at_preset(rows), tables.at_preset(rows, ())
     rates, every_layer = read_typed(Path(attention) / "rates.csv"), read_typed(results / "layers.csv")
     layers, operators = with_run(every_layer, base), with_run(read_typed(results / "operators.csv"), base)
     claimed = all_claims(results, rates, fixed, layers, operators)
     if claimed:
         write_csv(results / "claims.csv", claimed)
-        text += section("The paper's claims on these data", CLAIMS, tables.claims_table(claimed))
+    text = section("The paper's claims on these data", CLAIMS, tables.claims_table(claimed))
     if rates:
         folder = os.path.relpath(attention, results)
         text += section(
@@ -269,7 +259,7 @@ def write_report(results, attention):
         ("SRR against weight decay and dropout", ACCURACY, tables.table_regularisers(fixed)),
         ("Output matrices (Table 3), and models beyond the paper", ACCURACY + PAPER["Table 3"], tables.table_3(fixed)),
         ("Which layer's SRR (Table 6)", ACCURACY + PAPER["Table 6"], tables.table_6(fixed)),
-        ("SRR of a standard transformer", "", tables.table_matrices(table("srr.csv"), base)),
+        ("SRR of a standard transformer", "", tables.table_matrices(read_typed(results / "srr.csv"), base)),
         ("Depth", "", *depth_section(fixed, every_layer, results)),
         ("Where the numbers come from", "", rows and tables.provenance_table(rows)),
     ):

@@ -1,11 +1,10 @@
 """The attention-only experiment (Section 4.1; Figs. 1, 5) and attention_only.py."""
 
-import csv
-
 import pytest
 import torch
 
 from crate.compression import RULES, compress, random_orthonormal
+from crate.files import read_csv
 from crate.rates import log_approximations
 from tests import reference
 from tests.conftest import assert_refused
@@ -85,13 +84,9 @@ def test_overflow_at_the_first_layer_is_reported_too(script, tmp_path):
 def test_script(script, tmp_path):
     code, out, _ = script("attention_only", *FLAGS, "--seed", 3, 4, "--depth", 9, "--out", tmp_path)
     assert code == 0 and "CRATE-N" in out and "overflow" in out
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "rates.csv",
-        "log.csv",
-        *(f"fig_{n}.{kind}" for n in ("1a", "1b", "5") for kind in ("png", "pdf")),
-    }
-    with open(tmp_path / "rates.csv") as stream:
-        rows = list(csv.DictReader(stream))
+    figures = {f"fig_{n}.{kind}" for n in ("1a", "1b", "5") for kind in ("png", "pdf")}
+    assert {path.name for path in tmp_path.iterdir()} == {"rates.csv", "log.csv"} | figures
+    rows = read_csv(tmp_path / "rates.csv")
     assert {row["rule"] for row in rows} == set(RULES) and {row["seed"] for row in rows} == {"3", "4"}
     expected = compress("softmax", 4, **TINY | {"depth": 9})
     written = [row for row in rows if row["rule"] == "softmax" and row["seed"] == "4"]

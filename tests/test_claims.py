@@ -61,9 +61,8 @@ def layer_rows(model, seed, epoch, values):
 def test_layer_claims():
     rows = []
     for seed, noise in enumerate((0.0, 0.1, 0.2)):
-        rows += layer_rows("crate", seed, 0, [9, 7, 5 + noise, 8]) + layer_rows(
-            "crate", seed, 20, [10, 9, 8 + noise, 7 + noise]
-        )
+        rows += layer_rows("crate", seed, 0, [9, 7, 5 + noise, 8])
+        rows += layer_rows("crate", seed, 20, [10, 9, 8 + noise, 7 + noise])
     result = claims.layer_claims(rows[::-1])  # in any order
     assert find(result, "At initialisation") == ("holds", -3.9)
     assert find(result, "rises after") == ("holds", 2.9)
