@@ -28,8 +28,7 @@ the other side, and is *undecided* else (crate/claims.py). Intervals are t inter
 bootstraps.
 """
 HELD_OUT = "Bold: chosen by mean accuracy on training images that were held out; validation images play no part in it.\n"
-ACCURACY = """Validation accuracy in % after the last epoch, mean ± standard deviation over seeds; differences paired by seed.
-"""
+ACCURACY = "Validation accuracy in % after the last epoch, mean ± standard deviation over seeds; differences paired by seed.\n"
 # What the paper says, beside what the runs say.
 PAPER = {
     "4.1": "The paper: (a) falls at every layer, (b), (d) and (e) rise.\n",

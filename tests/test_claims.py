@@ -107,6 +107,8 @@ def test_correlation_claims():
     wide = claims.correlation_claims(table, "d = 96", False)
     assert find(wide, "dropout axis") == ("holds", -0.4) and find(wide, "model axis") == ("holds", -0.4)
     assert len(wide) == 4 and claims.correlation_claims(table[1:], "", True) == []
+    without = [{key: value for key, value in row.items() if "dropout" not in key} for row in table]  # not varied
+    assert len(claims.correlation_claims(without, "d = 96", False)) == 3
 
 
 def test_regularisation_claims():
