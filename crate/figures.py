@@ -63,9 +63,10 @@ def rates_by_layer(rows, titles, path):
         overflow = min((row["layer"] for row in own if row["overflow"]), default=math.inf)
         drawn = [row for row in own if row["layer"] < overflow]
         for when, colour, marker in (("before", GREY, "o"), ("after", COLOURS["crate-n"], "s")):
-            layers, values = zip(*nested(drawn, "layer", when).items()) if drawn else ((), ())
-            axis.fill_between(layers, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.25, linewidth=0)
-            axis.plot(layers, [*map(np.mean, values)], marker + "-", color=colour, markersize=4, label=f"{when} the step")
+            values = nested(drawn, "layer", when)
+            low, high, mean = ([*map(of, values.values())] for of in (min, max, np.mean))
+            axis.fill_between([*values], low, high, color=colour, alpha=0.25, linewidth=0)
+            axis.plot([*values], mean, marker + "-", color=colour, markersize=4, label=f"{when} the step")
         if overflow < math.inf:
             axis.set_yscale("log" if drawn else "linear")
             axis.axvline(overflow, color=GREY, linestyle=":")
