@@ -8,14 +8,16 @@ seed and then averaged, so no pair ever joins two seeds.
 
 import itertools
 import math
+from collections import defaultdict
 
 import numpy as np
+from scipy.sparse import csr_array
 from scipy.special import entr
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau, rankdata
 
 from crate.cli import InputError
 
-CHUNK = 1_000_000  # pairs in memory at once, roughly
+CHUNK = 1_000_000  # numbers in memory at once, roughly
 FEWEST = 50  # resamples, below which an interval is left out
 FEWEST_PERMUTATIONS = 1000
 # What a table may cost, ten or twenty seconds on one core each; beyond it there are fewer resamples, at last none and a note.
@@ -47,18 +49,20 @@ def arrange(table, hyperparameters, seed_column=None):
 
     Raises InputError where a combination occurs twice with one seed.
     """
-    levels, settings, seeds, seen = [{} for _ in hyperparameters], {}, {}, {}
-    index = np.empty((2, len(table)), int)
-    for k, row in enumerate(table):
-        values = [number_or_text(row[name]) for name in hyperparameters]
-        setting = tuple(codes.setdefault(value, len(codes)) for codes, value in zip(levels, values))
-        seed = number_or_text(row[seed_column]) if seed_column else None
-        index[:, k] = model = settings.setdefault(setting, len(settings)), seeds.setdefault(seed, len(seeds))
-        if seen.setdefault(model, k) != k:
+
+    def indices(values):  # in order of first appearance
+        known = {}
+        return [known.setdefault(value, len(known)) for value in values]
+
+    combinations = list(zip(*(indices(number_or_text(row[name]) for row in table) for name in hyperparameters)))
+    setting = indices(combinations)
+    seed = indices(number_or_text(row[seed_column]) if seed_column else None for row in table)
+    for row, k, model in zip(table, itertools.count(), indices(zip(setting, seed))):
+        if model < k:
             named = ", ".join(f"{name} {row[name]}" for name in hyperparameters)
             cure = f"with {seed_column} {row[seed_column]}" if seed_column else "and no --seed-column tells the models apart"
             raise InputError(f"--hyperparameters: the combination {named} occurs twice {cure}")
-    return *index, np.array(list(settings), int)
+    return np.array(setting), np.array(seed), np.array(list(dict.fromkeys(combinations)))
 
 
 def kendall(x, y):
@@ -75,20 +79,35 @@ def kendall(x, y):
     return difference / pairs, float(tau_b), tied, float(p_value)
 
 
-def axis_groups(levels, axis):
-    """The group of each setting, (settings,): those that share all hyperparameters but `axis`."""
-    return np.unique(np.delete(levels, axis, axis=1), axis=0, return_inverse=True)[1].ravel()
+def cells(levels):
+    """The cell of each setting, (settings,): an index that settings share where all their `levels` (settings, axes) agree."""
+    return np.unique(levels, axis=0, return_inverse=True)[1].ravel()
+
+
+def axis_groups(levels):
+    """For every axis the group of each setting, (settings,): those that share all hyperparameters but this one."""
+    return [cells(np.delete(levels, axis, axis=1)) for axis in range(levels.shape[1])]
+
+
+def cells_by_subset(levels):
+    """For every S of at most two axes, the empty set included: its cell (settings,), an index of the levels on S."""
+    axes = range(levels.shape[1])
+    return [cells(levels[:, list(S)]) for size in range(3) for S in itertools.combinations(axes, size)]
 
 
 def pairs(group):
-    """Yield the pairs within groups as index arrays (i, j), each pair once, sorted by group, about CHUNK at a time."""
+    """Yield the pairs within groups as index arrays (i, j), each pair once: first those of neighbours, then wider apart."""
     order = np.argsort(group, kind="stable")
-    sizes = np.bincount(group)
-    later = np.repeat(np.cumsum(sizes), sizes) - np.arange(len(group)) - 1  # members of its group behind each
-    for block in np.split(np.arange(len(group)), np.flatnonzero(np.diff(np.cumsum(later) // CHUNK)) + 1):
-        i = np.repeat(block, later[block])
-        first = np.repeat(np.cumsum(later[block]) - later[block], later[block])
-        yield order[i], order[i + 1 + np.arange(len(i)) - first]
+    for step in range(1, np.bincount(group).max() + 1):
+        i, j = order[:-step], order[step:]
+        same = group[i] == group[j]
+        yield i[same], j[same]
+
+
+def by_group(group, groups):
+    """The matrix (groups, pairs) that sums over the pairs of each group; `group` is that of each pair."""
+    pairs = len(group)
+    return csr_array((np.ones(pairs, np.float32), (group, np.arange(pairs))), shape=(groups, pairs))
 
 
 def blocks(rows, width):
@@ -101,15 +120,11 @@ def agreement(mu, g, i, j):
     return np.sign(mu[i] - mu[j]) * np.sign(g[i] - g[j])
 
 
-def mean_over_groups(sums, counts):
-    """sums / counts, averaged over the groups (axis 0) that have pairs; NaN where none has."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(counts > 0, sums / counts, 0).sum(0) / (counts > 0).sum(0)
-
-
+@np.errstate(invalid="ignore")
 def mean_of_finite(values):
-    """The mean over axis 0 of what is finite; NaN where nothing is."""
-    return mean_over_groups(np.nan_to_num(values), np.isfinite(values))
+    """The mean over the first axis of what is finite; NaN where nothing is."""
+    finite = np.isfinite(values)
+    return np.where(finite, values, 0).sum(0) / finite.sum(0)
 
 
 def noise_weights(difference, points):
@@ -118,46 +133,35 @@ def noise_weights(difference, points):
     return np.maximum(0, confidence - 0.5)
 
 
+@np.errstate(invalid="ignore")
 def along_axis(mu, g, group, accuracy_gap=None, points=None):
-    """psi of each seed (seeds,), and the sign errors of the environments of one axis as a histogram.
+    """psi of each seed (seeds,), and the sign errors of the environments of one axis, (environments,).
 
     An environment is a pair that differs on this axis alone; its error is the mean of (1 - agreement) / 2 over seeds. With
-    `points`, the mean is weighted, and environments of effective sample size below 12 are left out. The histogram is over
-    errors in steps of 1e-4, (10001,), followed by their sum and maximum: enough for any quantile without a list of pairs.
+    `points`, the mean is weighted, and environments of effective sample size below 12 are left out.
     """
     sums, counts = np.zeros((2, group.max() + 1, mu.shape[1]))
-    histogram, total, highest = np.zeros(10_001), 0.0, -math.inf
+    errors = []
     for i, j in pairs(group):
         agree = agreement(mu, g, i, j)  # (pairs, seeds)
         present = np.isfinite(agree)
         agree = np.where(present, agree, 0)
-        for seed in range(mu.shape[1]):
-            sums[:, seed] += np.bincount(group[i], agree[:, seed], len(sums))
-            counts[:, seed] += np.bincount(group[i], present[:, seed], len(sums))
-        weight = present if points is None else np.where(present, noise_weights(accuracy_gap[i] - accuracy_gap[j], points), 0)
-        mass = weight.sum(1)
-        keep = mass > 0 if points is None else mass**2 >= np.maximum(EFFECTIVE_SEEDS * (weight**2).sum(1), 1e-300)
-        error = (1 - (weight * agree)[keep].sum(1) / mass[keep]) / 2
-        histogram += np.bincount(np.rint(error * 10_000).astype(int), minlength=10_001)
-        total, highest = total + error.sum(), max(highest, error.max(initial=-math.inf))
-    return mean_over_groups(sums, counts), histogram, total, highest
+        of_group = by_group(group[i], len(sums))
+        sums += of_group @ agree
+        counts += of_group @ present
+        noise = 1 if points is None else noise_weights(accuracy_gap[i] - accuracy_gap[j], points)
+        weight = np.where(present, noise, 0)
+        mass, fewest = weight.sum(1), 1 if points is None else EFFECTIVE_SEEDS
+        keep = (mass > 0) & (mass**2 >= fewest * (weight**2).sum(1))
+        errors.append((1 - (weight * agree)[keep].sum(1) / mass[keep]) / 2)
+    return mean_of_finite(sums / counts), np.concatenate(errors)
 
 
 def summarise(errors):
-    """Mean, 90th percentile (to four digits) and maximum of the sign errors that `along_axis` gave for some axes."""
-    histogram, total = sum(h for h, _, _ in errors), sum(t for _, t, _ in errors)
-    count = histogram.sum()
-    if not count:
+    """Mean, 90th percentile (to four digits) and maximum of sign errors; three NaN where there are none."""
+    if not len(errors):
         return math.nan, math.nan, math.nan
-    p90 = np.searchsorted(np.cumsum(histogram), 0.9 * count - 1e-9) / 10_000
-    return float(total / count), float(p90), float(max(h for _, _, h in errors))
-
-
-def cells_by_subset(levels):
-    """For every S of at most two axes, the empty set included: its cell (settings,), an index of the levels on S."""
-    subsets = [list(S) for size in range(3) for S in itertools.combinations(range(levels.shape[1]), size)]
-    constant = np.zeros((len(levels), 1), int)  # the one cell of the empty set
-    return [np.unique(levels[:, S] if S else constant, axis=0, return_inverse=True)[1].ravel() for S in subsets]
+    return float(errors.mean()), round(float(np.quantile(errors, 0.9, method="inverted_cdf")), 4), float(errors.max())
 
 
 def conditional_information(mu, g, levels):
@@ -182,6 +186,7 @@ def conditional_information(mu, g, levels):
     return lowest if lowest < math.inf else math.nan
 
 
+@np.errstate(invalid="ignore")
 def bootstrap_tau(draws, mu, g):
     """tau of every resample, (R,); draws (settings, R) says how often each setting was drawn, mu and g (settings, seeds).
 
@@ -190,17 +195,17 @@ def bootstrap_tau(draws, mu, g):
     taus = []
     for x, y in zip(mu.T, g.T):
         present = np.isfinite(x)
-        x, y = (np.unique(v[present], return_inverse=True)[1].astype(np.float32) for v in (x, y))
+        x, y = (rankdata(values[present]).astype(np.float32) for values in (x, y))
         w = draws[present]
         total = 0
         for block in blocks(len(x), len(x)):
             agree = np.sign(x[block, None] - x) * np.sign(y[block, None] - y)
             total = total + np.einsum("nr,nr->r", agree @ w, w[block])
-        with np.errstate(invalid="ignore"):
-            taus.append(total / (w.sum(0) ** 2 - (w**2).sum(0)))  # NaN where one model alone was drawn
+        taus.append(total / (w.sum(0) ** 2 - (w**2).sum(0)))  # NaN where one model alone was drawn
     return np.mean(taus, axis=0)
 
 
+@np.errstate(invalid="ignore")
 def bootstrap_psi(draws, mu, g, groups):
     """psi along every axis of every resample, (axes, R); groups is the list of the axes' groups.
 
@@ -209,18 +214,17 @@ def bootstrap_psi(draws, mu, g, groups):
     replacement, sqrt(0.6 / 0.4) = 1.2 times the true one: the interval is somewhat wide rather than narrow.
     """
     by_seed = np.full((mu.shape[1], len(groups), draws.shape[1]), np.nan, np.float32)
-    for seed in range(mu.shape[1]):
-        for axis, group in enumerate(groups):
-            i, j = next(pairs(group))
-            agree = agreement(mu[:, seed], g[:, seed], i, j).astype(np.float32)
-            i, j, agree = (values[np.isfinite(agree)] for values in (i, j, agree))
-            if not len(i):
-                continue
-            starts = np.flatnonzero(np.diff(group[i], prepend=-1))
-            for some in blocks(draws.shape[1], len(i)):
-                copies = draws[i[:, None], some] * draws[j[:, None], some]  # (pairs, R)
-                counts = np.add.reduceat(copies, starts)
-                by_seed[seed, axis, some] = mean_over_groups(np.add.reduceat(copies * agree[:, None], starts), counts)
+    for axis, group in enumerate(groups):
+        i, j = np.hstack(list(pairs(group)))
+        agree = agreement(mu, g, i, j).astype(np.float32)  # (pairs, seeds)
+        present = np.isfinite(agree)
+        agree = np.where(present, agree, 0)
+        of_group = by_group(group[i], group.max() + 1)
+        for some in blocks(draws.shape[1], len(i)):
+            copies = draws[i[:, None], some] * draws[j[:, None], some]  # (pairs, R)
+            for seed in range(mu.shape[1]):
+                sums, counts = (of_group @ (copies * part[:, [seed]]) for part in (agree, present))
+                by_seed[seed, axis, some] = mean_of_finite(sums / counts)
     return mean_of_finite(by_seed)
 
 
@@ -234,11 +238,8 @@ def permutation_p_values(mus, g, permutations, rng):
     def signs(ranks):  # (..., settings, seeds) -> (..., settings^2 * seeds)
         return np.sign(ranks[..., :, None, :] - ranks[..., None, :, :]).reshape(*ranks.shape[:-2], -1)
 
-    def ranks(values):  # small whole numbers, exact in float32
-        columns = [np.unique(column, return_inverse=True)[1] for column in values.T]
-        return np.array(columns, np.float32).T
-
-    fixed, g = signs(np.array([ranks(mu) for mu in mus])), ranks(g)
+    mus, g = rankdata(mus, axis=1).astype(np.float32), rankdata(g, axis=0).astype(np.float32)
+    fixed = signs(mus)
     observed = np.abs(fixed @ signs(g))
     exceed = np.ones(len(mus))
     for block in blocks(permutations, fixed.shape[1]):
@@ -268,73 +269,68 @@ def holm(p_values):
 
 def mean(values):
     """The mean of the finite values; NaN if there are none."""
-    values = np.asarray(values, float)
-    return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else math.nan
+    return float(mean_of_finite(np.asarray(values, float)))
 
 
 def interval(values):
     """The 95 % percentile interval of the finite values; two NaN if there are none."""
     values = values[np.isfinite(values)]
-    return tuple(np.percentile(values, (2.5, 97.5)).tolist()) if len(values) else (math.nan, math.nan)
-
-
-def srr_minus(key, value, resampled, name):
-    """Columns `key`, `key`_low, `key`_high: `value`, with the interval of srr's resamples minus those of the measure `name`."""
-    both = {"srr", name} <= resampled.keys()
-    low, high = interval(resampled["srr"] - resampled[name]) if both else (math.nan, math.nan)
-    return {key: value, f"{key}_low": low, f"{key}_high": high}
+    return np.percentile(values, (2.5, 97.5)).tolist() if len(values) else (math.nan, math.nan)
 
 
 def affordable(levels, groups, seeds, measures, resamples):
     """What the table's size allows: resamples, whether Psi's interval and K are included, permutations, notes."""
-    n, notes = len(levels), []
-    work = n**2 * seeds * measures
+
+    def afford(budget, cost, fewest):
+        count = min(resamples, int(budget / cost))
+        return count if count >= min(fewest, resamples) else 0
+
+    n = len(levels)
     in_groups = [sum(math.comb(size, 2) for size in np.bincount(group).tolist()) for group in groups]
-    psi_resamples = int(PSI_WORK / (seeds * measures * max(1, sum(in_groups)))) if max(in_groups) < CHUNK else 0
-    drawn, fewest = min(resamples, int(MATRIX_WORK / work)), min(FEWEST, resamples)
-    with_psi = min(drawn, psi_resamples) >= fewest
-    if drawn < fewest:
-        drawn, notes = 0, notes + ["intervals left out: too many models"]
-    elif with_psi:
-        drawn = min(drawn, psi_resamples)
-    else:
-        notes.append("interval of Psi left out: too many pairs")
-    permutations = min(resamples, int(PERMUTATION_WORK / (n**2 * seeds)))
-    if permutations < min(FEWEST_PERMUTATIONS, resamples):
-        permutations = 0
-        notes += ["p-value left out: too many models"] if seeds > 1 else []
-    with_k = 2 * work * sum(int(cell.max()) + 1 for cell in cells_by_subset(levels)) <= MATRIX_WORK
-    notes += [] if with_k else ["K left out: too many pairs and levels"]
-    return drawn, with_psi, with_k, permutations, notes
+    of_tau = afford(MATRIX_WORK, n**2 * seeds * measures, FEWEST)
+    of_psi = afford(PSI_WORK, seeds * measures * max(1, sum(in_groups)), FEWEST) if max(in_groups) < CHUNK else 0
+    permutations = afford(PERMUTATION_WORK, n**2 * seeds, FEWEST_PERMUTATIONS)
+    cell_count = sum(int(cell.max()) + 1 for cell in cells_by_subset(levels))
+    with_k = 2 * n**2 * seeds * measures * cell_count <= MATRIX_WORK
+    left_out = {
+        "intervals left out: too many models": not of_tau,
+        "interval of Psi left out: too many pairs": not of_psi and of_tau,
+        "p-value left out: too many models": not permutations and seeds > 1,
+        "K left out: too many pairs and levels": not with_k,
+    }
+    notes = [note for note, applies in left_out.items() if applies]
+    return min(of_tau, of_psi) or of_tau, min(of_tau, of_psi) > 0, with_k, permutations, notes
+
+
+def columns(hyperparameters):
+    """The columns that a row of `correlate` always has, in order."""
+    return [
+        "measure", "models", "tau", "tau_low", "tau_high", "p_value", "tau_b", "ties",
+        *(f"psi_{axis}" for axis in hyperparameters), "Psi", "K", "sign_error_mean", "sign_error_max",
+        "p_holm", "Psi_low", "Psi_high", "sign_error_p90",
+        *(f"sign_error_{what}_{axis}" for axis in hyperparameters for what in ("mean", "p90", "max")),
+        "seeds", "tau_sd", "Psi_sd", "K_sd", "dropped", "resamples", "permutations", "note",
+    ]  # fmt: skip
 
 
 def point_statistics(mu, g, levels, groups, hyperparameters, with_k, weighing):
-    """The row of one measure, in the order of its columns, but for what resampling adds (NaN until then)."""
-    by_seed = [(x[keep], y[keep], keep) for x, y, keep in zip(mu.T, g.T, np.isfinite(mu.T))]
-    tau, tau_b, ties, p_value = np.array([kendall(x, y) for x, y, _ in by_seed]).reshape(-1, 4).T
-    along = [along_axis(mu, g, group, *weighing) for group in groups]
-    psi = np.array([axis[0] for axis in along])  # (axes, seeds)
-    Psi = mean_of_finite(psi)
-    K = [conditional_information(x, y, levels[keep]) for x, y, keep in by_seed] if with_k else []
-    errors = summarise([axis[1:] for axis in along])
-    if not by_seed:
-        note = "too few models"
-    elif all(np.ptp(x) == 0 for x, _, _ in by_seed):
-        note = "constant"
-    else:
-        note = "" if np.isfinite(psi).any() else "no two models differ in one hyperparameter alone"
+    """What needs no resampling, {column: value}, of a measure mu and the gap g, (settings, seeds), NaN where one is missing."""
+    by_seed = [(x[keep], y[keep], levels[keep]) for x, y, keep in zip(mu.T, g.T, np.isfinite(mu.T))]
+    tau, tau_b, ties, p_value = np.array([kendall(x, y) for x, y, _ in by_seed]).T
+    psi, errors = zip(*(along_axis(mu, g, group, *weighing) for group in groups))  # per axis: (seeds,), (environments,)
+    K = [conditional_information(*model) for model in by_seed] if with_k else [math.nan]
+    values = {"tau": tau, "tau_b": tau_b, "p_value": p_value, "Psi": mean_of_finite(np.array(psi)), "K": K}
+    values |= {f"psi_{axis}": of_axis for axis, of_axis in zip(hyperparameters, psi)}
 
-    row = {"models": int(np.isfinite(mu).sum()), "tau": mean(tau), "tau_low": math.nan, "tau_high": math.nan}
-    row |= {"p_value": mean(p_value), "tau_b": mean(tau_b), "ties": int(ties.sum())}
-    row |= {f"psi_{axis}": mean(values) for axis, values in zip(hyperparameters, psi)}
-    row |= {"Psi": mean(Psi), "K": mean(K), "sign_error_mean": errors[0], "sign_error_max": errors[2]}
-    row |= {"p_holm": math.nan, "Psi_low": math.nan, "Psi_high": math.nan, "sign_error_p90": errors[1]}
-    for axis, parts in zip(hyperparameters, along):
-        row |= zip((f"sign_error_{what}_{axis}" for what in ("mean", "p90", "max")), summarise([parts[1:]]))
-    row |= {"seeds": len(by_seed)}
-    for key, values in (("tau", tau), ("Psi", Psi), ("K", K)):
-        row[f"{key}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return row | {"note": note}
+    row = {key: mean(of_seeds) for key, of_seeds in values.items()} | {"ties": int(ties.sum())}
+    for key in ("tau", "Psi", "K"):
+        row[f"{key}_sd"] = float(np.std(values[key], ddof=1)) if len(values[key]) > 1 else math.nan
+    pooled = {"": np.concatenate(errors)} | {f"_{axis}": of_axis for axis, of_axis in zip(hyperparameters, errors)}
+    for suffix, some in pooled.items():
+        row |= zip((f"sign_error_{what}{suffix}" for what in ("mean", "p90", "max")), summarise(some))
+    if all(np.ptp(x) == 0 for x, _, _ in by_seed):
+        return row | {"note": "constant"}
+    return row | {"note": "" if np.isfinite(psi).any() else "no two models differ in one hyperparameter alone"}
 
 
 def correlate(
@@ -350,9 +346,9 @@ def correlate(
     tau is tau-a over all pairs; `ties` counts pairs tied in the measure or in the gap. psi_<axis> averages tau over the
     groups of settings that differ on this axis alone, Psi averages over the axes that have such groups. A measure that isn't
     finite drops that model, for this measure. *_low, *_high: 95 % percentile bootstrap over settings (see `bootstrap_psi` for
-    what it means for Psi). diff_srr: tau of `srr` minus this one's, interval from the same resamples; diff_srr_psi_<axis>: the
-    same for psi. p_value: two-sided
-    permutation test of tau over settings that have all seeds; p_holm: adjusted for the number of measures.
+    what it means for Psi). diff_srr, diff_srr_psi_<axis>: tau and psi of `srr` minus this measure's, intervals from the same
+    resamples. p_value: two-sided permutation test of tau over settings that have all seeds; p_holm: adjusted for the number
+    of measures.
 
     Cost: tau is O(n log n). The bootstrap costs n^2 a resample, so `resamples` and `permutations` say how many were afforded:
     10,000 up to 800 settings with 30 measures, 200 at 10,000 settings with ten. Where fewer than 1000 permutations are
@@ -373,43 +369,50 @@ def correlate(
         raise InputError(f"--gap {gap}: {np.isfinite(gaps).sum()} models{where}; rank statistics need 3 or more")
     weigh = validation_points is not None and seeds >= EFFECTIVE_SEEDS
     accuracy = by_setting(numbers(table, accuracy_gap, "--accuracy-gap")) if weigh else gaps
-    groups = [axis_groups(levels, axis) for axis in range(len(hyperparameters))]
+    groups = axis_groups(levels)
     drawn, with_psi, with_k, permutations, left_out = affordable(levels, groups, seeds, len(measures), resamples)
     draws = np.random.default_rng(rng).multinomial(len(levels), np.full(len(levels), 1 / len(levels)), drawn)
     draws = draws.T.astype(np.float32)
 
-    rows, resampled, resampled_psi, complete = {}, {}, {}, {}
+    rows, complete = {}, {}
+    samples = defaultdict(lambda: np.array([math.nan]))  # (measure, column): its value in each resample, (R,)
     for name in progress(measures):
         mu = by_setting(numbers(table, name))
         present = np.isfinite(mu) & np.isfinite(gaps)
         used = present.sum(0) >= 3  # the seeds that have enough models
         mu, g = (np.where(present, values, np.nan)[:, used] for values in (mu, gaps))
-        weighing = (accuracy[:, used], validation_points) if weigh else ()
-        row = point_statistics(mu, g, levels, groups, hyperparameters, with_k, weighing)
-        rows[name] = row = {"measure": name} | row
-        row |= {"dropped": len(table) - row["models"], "resamples": drawn, "permutations": permutations}
-        row["note"] = "; ".join(filter(None, [row.pop("note"), *left_out]))
-        if permutations or seeds > 1:
+        rows[name] = row = dict.fromkeys(columns(hyperparameters), math.nan)
+        models = int(np.isfinite(mu).sum())
+        row |= {"measure": name, "models": models, "ties": 0, "seeds": int(used.sum()), "dropped": len(table) - models}
+        row |= {"resamples": drawn, "permutations": permutations, "note": "too few models"}
+        if used.any():
+            weighing = (accuracy[:, used], validation_points) if weigh else ()
+            row |= point_statistics(mu, g, levels, groups, hyperparameters, with_k, weighing)
+            if drawn:
+                samples[name, "tau"] = bootstrap_tau(draws, mu, g)
+            if with_psi:
+                psi = bootstrap_psi(draws, mu, g, groups)
+                samples[name, "Psi"] = mean_of_finite(psi)
+                samples |= {(name, f"psi_{axis}"): of_axis for axis, of_axis in zip(hyperparameters, psi)}
+        row["note"] = "; ".join(filter(None, [row["note"], *left_out]))
+        for key in ("tau", "Psi"):
+            row[f"{key}_low"], row[f"{key}_high"] = interval(samples[name, key])
+        if permutations or seeds > 1:  # the normal limit is that of one seed
             row["p_value"] = math.nan
-        if used.any() and drawn:
-            resampled[name] = bootstrap_tau(draws, mu, g)
-            row["tau_low"], row["tau_high"] = interval(resampled[name])
-        if used.any() and with_psi:
-            resampled_psi[name] = bootstrap_psi(draws, mu, g, groups)
-            row["Psi_low"], row["Psi_high"] = interval(mean_of_finite(resampled_psi[name]))
         whole = np.isfinite(mu).all(1)
         if used.any() and permutations and whole.sum() >= 3:
-            complete.setdefault((whole.tobytes(), used.tobytes()), []).append((name, mu[whole], g[whole]))
+            complete.setdefault((whole.tobytes(), used.tobytes()), []).append((row, mu[whole], g[whole]))
 
     for same in complete.values():  # the measures of the same models share their permutations
-        names, mus, gs = zip(*same)
-        for name, p_value in zip(names, permutation_p_values(np.array(mus), gs[0], permutations, np.random.default_rng(rng))):
-            rows[name]["p_value"] = float(p_value)
-    for (name, row), p_holm in zip(rows.items(), holm([row["p_value"] for row in rows.values()])):
+        of_measures, mus, (g, *_) = zip(*same)
+        p_values = permutation_p_values(np.array(mus), g, permutations, np.random.default_rng(rng))
+        for row, p_value in zip(of_measures, p_values):
+            row["p_value"] = float(p_value)
+    for row, p_holm in zip(rows.values(), holm([row["p_value"] for row in rows.values()])):
         row["p_holm"] = float(p_holm)
-        if "srr" in rows:
-            row |= srr_minus("diff_srr", rows["srr"]["tau"] - row["tau"], resampled, name)
-            for k, axis in enumerate(hyperparameters):
-                of_axis = {measure: psi[k] for measure, psi in resampled_psi.items()}
-                row |= srr_minus(f"diff_srr_psi_{axis}", rows["srr"][f"psi_{axis}"] - row[f"psi_{axis}"], of_axis, name)
+    if "srr" in rows:
+        differences = {"tau": "diff_srr"} | {f"psi_{axis}": f"diff_srr_psi_{axis}" for axis in hyperparameters}
+        for (name, row), (key, column) in itertools.product(rows.items(), differences.items()):
+            row[column] = rows["srr"][key] - row[key]
+            row[f"{column}_low"], row[f"{column}_high"] = interval(samples["srr", key] - samples[name, key])
     return list(rows.values())

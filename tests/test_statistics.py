@@ -225,7 +225,7 @@ def test_bootstrap_equals_loops_over_the_copies():
     draws = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), 20).T.astype(np.float32)
     mu, g = (np.array([row[key] for row in rows])[:, None] for key in ("a", "gap"))
     _, _, levels = statistics.arrange(rows, list(AXES))
-    groups = [statistics.axis_groups(levels, axis) for axis in range(len(AXES))]
+    groups = statistics.axis_groups(levels)
     taus = statistics.bootstrap_tau(draws, mu, g)
     Psis = statistics.mean_of_finite(statistics.bootstrap_psi(draws, mu, g, groups))
     for draw, tau, Psi in zip(draws.T.astype(int), taus, Psis):
