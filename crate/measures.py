@@ -6,6 +6,7 @@ comes from generators of its own. `chunk`, the images of one forward pass, bound
 """
 
 import copy
+import functools
 import hashlib
 import math
 from pathlib import Path
@@ -57,16 +58,15 @@ def perturbed_parameters(model):
 def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
     """The measures that need only weights and these scalars: {name: float}, raw values (no sqrt(mu / m)), float64.
 
-    weights: the counted matrices W_1..W_d, a sequence or {name: matrix}.
-    initial: the same matrices at initialisation; margin: gamma; examples: m; sigma, sigma_mag: the noise scales at which
-    training accuracy has dropped by 0.1. None for one of them leaves out the measures that need it. A margin <= 0 makes
-    those over the margin NaN.
+    weights: the counted matrices W_1..W_d, a sequence or {name: matrix}; initial: the same matrices at initialisation;
+    margin: gamma, <= 0 makes the measures over the margin NaN; examples: m; sigma, sigma_mag: the noise scales at which
+    training accuracy has dropped by 0.1. None for initial or a scale leaves out the measures that need it.
     """
     if isinstance(weights, dict):
         initial = None if initial is None else [initial[name] for name in weights]
         weights = list(weights.values())
     weights = [torch.as_tensor(w).double() for w in weights]
-    d = len(weights)
+    d, omega = len(weights), sum(w.numel() for w in weights)
 
     def fro(matrices):
         return torch.stack([w.square().sum() for w in matrices])
@@ -75,7 +75,7 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
         return torch.stack([torch.linalg.svdvals(w)[0].square() for w in matrices])
 
     fro_w, spec_w = fro(weights), spec(weights)
-    omega = sum(w.numel() for w in weights)  # number of counted weights
+    log_margin = math.log(margin) if margin > 0 else math.nan
     measures = {
         "params": omega,  # J-eq. 20
         "l2": fro_w.sum().sqrt(),
@@ -86,41 +86,40 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
         "log_sum_of_spec": math.log(d) + spec_w.log().mean(),  # J-eq. 35
         "sum_of_spec_literal": spec_w.sum(),
         "fro_over_spec": (fro_w / spec_w).sum(),  # J-eq. 33
+        "inverse_margin": math.exp(-2 * log_margin),  # J-eq. 22
     }
-    if margin is not None:
-        log_margin = math.log(margin) if margin > 0 else math.nan
-        measures["inverse_margin"] = math.exp(-2 * log_margin)  # J-eq. 22
-        for norm in ("fro", "spec"):  # J-eqs. 36, 31 and 38, 34
-            over_margin = measures[f"log_prod_of_{norm}"] - 2 * log_margin
-            measures[f"log_prod_of_{norm}_over_margin"] = over_margin
-            measures[f"log_sum_of_{norm}_over_margin"] = math.log(d) + over_margin / d
+    for norm in ("fro", "spec"):  # J-eqs. 36, 31 and 38, 34
+        over_margin = measures[f"log_prod_of_{norm}"] - 2 * log_margin
+        measures[f"log_prod_of_{norm}_over_margin"] = over_margin
+        measures[f"log_sum_of_{norm}_over_margin"] = math.log(d) + over_margin / d
+    squares = {"orig": fro_w}  # of the norms that the bounds are made of
     if initial is not None:
-        initial = [torch.as_tensor(w).double() for w in initial]
-        moved = [w - w0 for w, w0 in zip(weights, initial, strict=True)]
-        dfro = fro(moved)
-        distance = dfro.sum()  # ||w - w0||^2
-        measures["l2_dist"] = distance.sqrt()
-        measures["fro_dist"] = distance  # J-eq. 40
+        moved = [w - torch.as_tensor(w0).double() for w, w0 in zip(weights, initial, strict=True)]
+        squares = {"init": fro(moved), "orig": fro_w}
+        measures["l2_dist"] = squares["init"].sum().sqrt()
+        measures["fro_dist"] = squares["init"].sum()  # J-eq. 40
         measures["dist_spec_init"] = spec(moved).sum()  # J-eq. 41
-        if margin is not None:
-            over_margin = measures["log_prod_of_spec_over_margin"]
-            measures["log_spec_init_main"] = over_margin + (dfro / spec_w).sum().log()  # J-eq. 29
-            measures["log_spec_orig_main"] = over_margin + (fro_w / spec_w).sum().log()  # J-eq. 30
+        for name, square in squares.items():  # J-eqs. 29, 30
+            measures[f"log_spec_{name}_main"] = over_margin + (square / spec_w).sum().log()
     if sigma is not None:
         rest = math.log(examples / sigma) + 10
-        if initial is not None:
-            measures["pacbayes_init"] = distance / (4 * sigma**2) + rest  # J-eq. 48
-        measures["pacbayes_orig"] = fro_w.sum() / (4 * sigma**2) + rest  # J-eq. 49
+        for name, square in squares.items():  # J-eqs. 48, 49
+            measures[f"pacbayes_{name}"] = square.sum() / (4 * sigma**2) + rest
         measures["pacbayes_flatness"] = 1 / sigma**2  # J-eq. 53
     if sigma_mag is not None:
         if initial is not None:
             rest = math.log(examples / sigma_mag) + 10
             denominators = sum((EPS**2 + sigma_mag**2 * w.square()).log().sum() for w in moved)
-            for name, norm in (("init", distance), ("orig", fro_w.sum())):  # J-eqs. 56, 57
-                numerator = (EPS**2 + (sigma_mag**2 + 1) * norm / omega).log()
+            for name, square in squares.items():  # J-eqs. 56, 57
+                numerator = (EPS**2 + (sigma_mag**2 + 1) * square.sum() / omega).log()
                 measures[f"pacbayes_mag_{name}"] = (omega * numerator - denominators) / 4 + rest
         measures["pacbayes_mag_flatness"] = 1 / sigma_mag**2  # J-eq. 61
     return {name: float(value) for name, value in measures.items()}
+
+
+def logits(model, weights, images, chunk):
+    """f(x) of all the images, (m, classes), with `weights` ({name: tensor}) in the place of the model's own."""
+    return torch.cat([functional_call(model, weights, (part,)) for part in images.split(chunk)])
 
 
 def margins(logits, labels):
@@ -133,8 +132,8 @@ def margins(logits, labels):
 def margin(model, images, labels, chunk=256):
     """gamma: the k-th smallest margin over the images, k = floor(m / 10) and at least 1. It may be negative."""
     with evaluating(model):
-        parts = [margins(model(x).double(), y) for x, y in zip(images.split(chunk), labels.split(chunk))]
-    return torch.cat(parts).kthvalue(max(1, len(labels) // 10)).values.item()
+        of_images = margins(logits(model, {}, images, chunk).double(), labels)
+    return of_images.kthvalue(max(1, len(labels) // 10)).values.item()
 
 
 def without_layernorm(model):
@@ -172,10 +171,7 @@ def path_norm(model, image_shape, effective=True):
 
 def accuracy(model, weights, images, labels, chunk=256):
     """Accuracy of the model with `weights` ({name: tensor}) in the place of its own."""
-    correct = sum(
-        (functional_call(model, weights, (x,)).argmax(1) == y).sum() for x, y in zip(images.split(chunk), labels.split(chunk))
-    )
-    return correct.item() / len(labels)
+    return (logits(model, weights, images, chunk).argmax(1) == labels).sum().item() / len(labels)
 
 
 def find_scale(drop, guess, low=1e-4, high=1.0):
@@ -186,19 +182,20 @@ def find_scale(drop, guess, low=1e-4, high=1.0):
     the two ends are taken for granted, with the logits that make it start at `guess`, a typical scale: where there is no
     crossing between, an end is returned, and the drop there tells.
     """
-    ends, drops = [math.log(low), math.log(high)], {}
+    ends = math.log(low), math.log(high)
+
+    @functools.cache
+    def drop_at(x):
+        return round(drop(math.exp(x)), 9)  # 1 - 0.9 is 0.1
 
     def height(x):
         if x in ends:
             return STEEPNESS * (x - math.log(guess))
-        if x not in drops:
-            drops[x] = round(drop(math.exp(x)), 9)  # 1 - 0.9 is 0.1
-        p = min(max(drops[x], 1e-3), 1 - 1e-3)
-        return 0.0 if p == DROP else math.log(p / (1 - p)) - math.log(DROP / (1 - DROP))
+        p = min(max(drop_at(x), 1e-3), 1 - 1e-3)
+        return math.log(p / (1 - p)) - math.log(DROP / (1 - DROP))
 
     x = brentq(height, *ends, xtol=PRECISION)
-    scale = math.exp(x)
-    return scale, drop(scale) if x in ends else drops[x]
+    return math.exp(x), drop_at(x)
 
 
 def noise_scale(model, images, labels, magnitude_aware=False, chunk=256):
@@ -267,7 +264,7 @@ class Images:
     """Images with a tensor's `split`, whose parts are transformed as they are read: all at once might not fit in memory."""
 
     def __init__(self, images, transform):
-        self.images, self.transform, self.device = images, transform, images.device
+        self.images, self.transform = images, transform
 
     def __len__(self):
         return len(self.images)
@@ -283,21 +280,23 @@ def srr(model, data):
     (of a float64 copy); NaN where the tokens then grow beyond what can be factorised. vit, whose U is the query matrix, has
     `srr_key` and `srr_value` besides.
     """
-    bare = without_layernorm(model)
-    layers = layer_srr(model, Images(data.train_images, data.resize))
+
+    def mean(layers, key="srr"):
+        return math.fsum(layer[key] for layer in layers) / len(layers)
+
+    images = Images(data.train_images, data.resize)
+    layers = layer_srr(model, images)
     try:
-        bare_layers = layer_srr(bare, Images(data.train_images, lambda part: data.resize(part).double()))
+        bare = layer_srr(without_layernorm(model), Images(data.train_images, lambda part: data.resize(part).double()))
     except ValueError:
-        bare_layers = [dict.fromkeys(layers[0], math.nan)] * len(layers)
-    mean = {key: math.fsum(layer[key] for layer in layers) / len(layers) for key in layers[0]}
-    measures = {"srr": mean["srr"], **{f"srr_{key}": mean[key] for key in ("l0", "rate_subspaces", "rate")}}
-    measures["srr_no_layernorm"] = math.fsum(layer["srr"] for layer in bare_layers) / len(layers)
-    for matrix in ("key", "value") if hasattr(model.layers[0].mssa, "key") else ():
-        others = layer_srr(model, Images(data.train_images, data.resize), matrix=matrix)
-        measures[f"srr_{matrix}"] = math.fsum(layer["srr"] for layer in others) / len(others)
+        bare = [dict.fromkeys(layers[0], math.nan)] * len(layers)
+    measures = {"srr": mean(layers)} | {f"srr_{key}": mean(layers, key) for key in ("l0", "rate_subspaces", "rate")}
+    measures["srr_no_layernorm"] = mean(bare)
+    if hasattr(model.layers[0].mssa, "key"):
+        measures |= {f"srr_{matrix}": mean(layer_srr(model, images, matrix=matrix)) for matrix in ("key", "value")}
     parts = [
-        {"layer": l, **layer, **{f"{key}_no_layernorm": value for key, value in bare_layer.items()}}
-        for l, (layer, bare_layer) in enumerate(zip(layers, bare_layers), start=1)
+        {"layer": l, **layer, **{f"{key}_no_layernorm": value for key, value in without.items()}}
+        for l, (layer, without) in enumerate(zip(layers, bare), start=1)
     ]
     return measures, parts
 
@@ -344,8 +343,8 @@ def measure(model, initial, data, groups, images=10_000):
 
 def checksum(path):
     """The first 16 digits of the SHA-256 of a checkpoint: `path`, or last.pt in the run folder `path`."""
-    path = Path(path)
-    return hashlib.sha256((path / "last.pt" if path.is_dir() else path).read_bytes()).hexdigest()[:16]
+    file = path / "last.pt" if path.is_dir() else path
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def load_released(path, heads, dataset, data_dir, device):
