@@ -39,19 +39,22 @@ def is_false(text):
     return text.strip().lower() in ("false", "0")
 
 
-def named(rows):
-    return ", ".join(row.get("run") or " ".join(list(row.values())[:6]) for row in rows)
+def say_left_out(rows, reason):
+    names = ", ".join(row.get("run") or " ".join(list(row.values())[:6]) for row in rows)
+    if rows:
+        print(f"{len(rows)} models left out, {reason}: {names}")
 
 
 def check_columns(arguments, columns):
     """Raise InputError at a flag that names a column twice, or one that isn't there."""
-    for key in ("hyperparameters", "gap", "measures", "seed_column", "by", "colour", "validation_points"):
-        names = getattr(arguments, key) or []
-        if key == "validation_points":
-            key, names = "accuracy_gap", arguments.accuracy_gap if names else []
-        flag, names = f"--{key.replace('_', '-')}", [names] if isinstance(names, str) else names
+    flags = {
+        "--hyperparameters": arguments.hyperparameters, "--gap": [arguments.gap], "--measures": arguments.measures or [],
+        "--seed-column": [arguments.seed_column], "--by": [arguments.by], "--colour": [arguments.colour],
+        "--accuracy-gap": [arguments.accuracy_gap] if arguments.validation_points else [],
+    }  # fmt: skip
+    for flag, names in flags.items():
         for name in names:
-            if name not in columns and not (key == "seed_column" and name == "none"):
+            if name not in (*columns, None) and (flag, name) != ("--seed-column", "none"):
                 raise InputError(f"{flag} {name}: no such column; the table has {', '.join(columns)}")
             if names.count(name) > 1:
                 raise InputError(f"{flag}: {name} is named twice; name it once")
@@ -86,30 +89,28 @@ def markdown(rows, axes, arguments):
     def p_value(row, key):
         return "< 1e-15" if row[key] < 1e-15 else value(row, key, ".2g")
 
-    def low_high(row, key, sd=""):
-        interval = f" [{value(row, key + '_low', '+.2f')}, {value(row, key + '_high', '+.2f')}]"
-        return value(row, key) + sd + interval * math.isfinite(row[f"{key}_low"])
-
-    def spread(row, key):
-        return low_high(row, key, f" ± {row[key + '_sd']:.3f}" if row["seeds"] > 1 else "")
+    def with_interval(row, key):
+        sd = f" ± {row[f'{key}_sd']:.3f}" if row["seeds"] > 1 and f"{key}_sd" in row else ""
+        low, high = row[f"{key}_low"], row[f"{key}_high"]
+        return value(row, key) + sd + (f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "")
 
     against_srr = ["tau(srr) - tau"] if "diff_srr" in rows[0] else []
     header = ["measure", *axes, "Psi", "tau", *against_srr, "p", "p (Holm)", "K", "sign error, mean", "max", "models", "note"]
     lines = [
-        [row["measure"], *(value(row, f"psi_{axis}") for axis in axes), spread(row, "Psi"), spread(row, "tau")]
-        + [low_high(row, "diff_srr") if row["measure"] != "srr" else "" for _ in against_srr]
-        + [p_value(row, "p_value"), p_value(row, "p_holm"), value(row, "K", ".3f")]
-        + [value(row, "sign_error_mean", ".3f"), value(row, "sign_error_max", ".2f"), row["models"], row["note"]]
+        [
+            row["measure"], *(value(row, f"psi_{axis}") for axis in axes), with_interval(row, "Psi"), with_interval(row, "tau"),
+            *(with_interval(row, "diff_srr") if row["measure"] != "srr" else "" for _ in against_srr),
+            p_value(row, "p_value"), p_value(row, "p_holm"), value(row, "K", ".3f"),
+            value(row, "sign_error_mean", ".3f"), value(row, "sign_error_max", ".2f"), row["models"], row["note"],
+        ]
         for row in rows
-    ]
+    ]  # fmt: skip
     first, seeds = rows[0], max(row["seeds"] for row in rows)
+    p = f"{first['permutations']} permutations" if first["permutations"] else "normal limit of the permutation test"
+    over_seeds = f"; {seeds} seeds, mean ± standard deviation" if seeds > 1 else ""
     return markdown_table(header, lines) + (
         f"\nKendall's tau with `{arguments.gap}`; under each hyperparameter the granulated psi, Psi their mean. In brackets "
-        f"95 % intervals, {first['resamples']} bootstrap resamples of the models; p: "
-        + (f"{first['permutations']} permutations" if first["permutations"] else "normal limit of the permutation test")
-        + ", two-sided"
-        + f"; {seeds} seeds, mean ± standard deviation" * (seeds > 1)
-        + ".\n"
+        f"95 % intervals, {first['resamples']} bootstrap resamples of the models; p: {p}, two-sided{over_seeds}.\n"
     )
 
 
@@ -125,10 +126,10 @@ def analyse(rows, axes, measures, seed_column, arguments, label):
         progress=lambda names: tqdm(names, desc=label, unit="measure", leave=False),
     )  # fmt: skip
     statistics.sort(key=lambda row: -row["tau"] if math.isfinite(row["tau"]) else math.inf)
-    names = dict.fromkeys([arguments.gap] + [row["measure"] for row in statistics if math.isfinite(row["tau"])])
-    if not math.isfinite(statistics[0]["tau"]):
+    finite = [row["measure"] for row in statistics if math.isfinite(row["tau"])]
+    if not finite:
         raise InputError(f"{label}: no measure is finite for 3 models or more")
-    columns = {name: numbers(rows, name) for name in names}
+    columns = {name: numbers(rows, name) for name in [arguments.gap, *finite]}
     seeds = [row[seed_column] if seed_column else "" for row in rows]
     return rows, axes, statistics, columns, rank_correlations(list(columns.values()), seeds)
 
@@ -169,13 +170,11 @@ def main():
     rows = [row for row in rows if not is_false(row.get("reached_target", ""))]
     if not rows:
         raise InputError(f"{arguments.table}: reached_target is False in every row; rank statistics need 3 models or more")
-    if missed:
-        print(f"{len(missed)} models left out, they did not reach the target: {named(missed)}")
+    say_left_out(missed, "they did not reach the target")
     seed_column = arguments.seed_column or ("seed" if "seed" in columns and "seed" not in arguments.hyperparameters else None)
     seed_column = None if seed_column == "none" else seed_column
-    diverged = [row for row, gap in zip(rows, numbers(rows, arguments.gap, "--gap", None)) if not math.isfinite(gap)]
-    if diverged:
-        print(f"{len(diverged)} models left out, their gap is not finite: {named(diverged)}")
+    gaps = numbers(rows, arguments.gap, "--gap", None)
+    say_left_out([row for row, gap in zip(rows, gaps) if not math.isfinite(gap)], "their gap is not finite")
     measures = arguments.measures or default_measures(rows, columns, arguments, seed_column)
     axes, by = [axis for axis in arguments.hyperparameters if axis != arguments.by], arguments.by
     arguments.colour = arguments.colour or ("model" if "model" in axes else None)

@@ -48,11 +48,13 @@ def find_runs(arguments):
     for path in map(Path, arguments):
         if not path.exists():
             raise InputError(f"{path}: no such folder")
-        is_run = any((path / name).exists() for name in ("config.json", "result.json"))
-        folders = sorted({file.parent for name in ("config.json", "result.json") for file in path.glob(f"*/{name}")})
-        if not (is_run or folders or path.is_file()):
+        if path.is_file() or (path / "config.json").exists() or (path / "result.json").exists():
+            paths = [path]
+        else:
+            paths = sorted({file.parent for name in ("config", "result") for file in path.glob(f"*/{name}.json")})
+        if not paths:
             raise InputError(f"{path}: holds no run; name a folder that train.py made, or the folder above it")
-        for one in [path] if is_run or path.is_file() else folders:
+        for one in paths:
             if one.is_dir() and not (one / "result.json").exists():
                 unfinished.append(one.name)
             elif found.setdefault(one.name, one).resolve() != one.resolve():
@@ -60,20 +62,14 @@ def find_runs(arguments):
     return found, unfinished
 
 
-def read_tables(out, layers_out):
-    """The rows that the two tables hold already: {run: row}, {run: rows}."""
-    rows, layers = {}, {}
-    for path, columns in ((out, {"run", "checksum", "images", "gap"}), (layers_out, {"run", "layer"})):
-        if not path.exists():
-            continue
-        for row in read_csv(path):
-            if not columns <= row.keys():
-                raise InputError(f"{path}: not a table that measure.py made; name another --out")
-            if path == out:
-                rows[row["run"]] = row
-            else:
-                layers.setdefault(row["run"], []).append(row)
-    return rows, layers
+def read_table(path, columns):
+    """The rows that a table holds already, {run: [row, ...]}; none where there is no table."""
+    table = {}
+    for row in read_csv(path) if path.exists() else ():
+        if not columns <= row.keys():
+            raise InputError(f"{path}: not a table that measure.py made; name another --out")
+        table.setdefault(row["run"], []).append(row)
+    return table
 
 
 def check_data(paths, data_dir):
@@ -115,10 +111,10 @@ def main():
         raise InputError("no finished run: train.py ends a run with result.json")
     out = Path(arguments.out)
     layers_out = out.with_name(f"{out.stem}_layers.csv")
-    rows, layers = read_tables(out, layers_out)
-    others = (rows.keys() | layers.keys()) - found.keys() if arguments.only else ()
-    for name in others:
-        rows.pop(name, None), layers.pop(name, None)
+    rows = {name: same[-1] for name, same in read_table(out, {"run", "checksum", "images", "gap"}).items()}
+    layers = read_table(layers_out, {"run", "layer"})
+    if arguments.only:
+        rows, layers = ({name: table[name] for name in table if name in found} for table in (rows, layers))
     output_folder(out.parent)
 
     import torch
@@ -140,8 +136,8 @@ def main():
     pending = {name: path for name, path in found.items() if arguments.redo or not is_done(name, path)}
     check_data(pending.values(), arguments.data_dir)
     print(f"{len(found)} runs, {len(found) - len(pending)} measured already; on {device}, searches on {images} images")
-    options = {"images": images, "device": device, "data_dir": arguments.data_dir}
-    options |= {"heads": arguments.heads, "dataset": arguments.dataset}
+    options = {"images": images, "device": device}
+    options |= {key: getattr(arguments, key) for key in ("data_dir", "heads", "dataset")}
     tasks = []
     for name, path in pending.items():  # a row is replaced as a whole: what it has stays in it
         groups = [group for group in GROUPS if group in arguments.groups or rows.get(name, {}).get(GROUPS[group])]
@@ -153,7 +149,7 @@ def main():
         for path, table in ((layers_out, of_layers), (out, of_runs)):
             write_csv(path, table) if table else path.unlink(missing_ok=True)
 
-    if others:
+    if arguments.only:  # what was dropped goes even if nothing is to be measured
         write()
     jobs, gpus = min(arguments.jobs, len(tasks) or 1), gpus_of(device, torch.cuda.device_count())
     failures = 0
