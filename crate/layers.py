@@ -159,14 +159,10 @@ class Layer(nn.Module):
         super().__init__()
         self.sign, heads_from, output, sparsification, _ = VARIANT_TABLE[variant]
         self.norm1 = nn.LayerNorm(width)
-        self.mssa = MSSA(
-            width=width, heads=heads, output=output, heads_from=heads_from, dropout=dropout, temperature=temperature
-        )
+        options = {"dropout": dropout, "temperature": temperature}
+        self.mssa = MSSA(width=width, heads=heads, output=output, heads_from=heads_from, **options)
         self.norm2 = nn.LayerNorm(width)
-        if sparsification == "ISTA":
-            self.ista, self.mlp = ISTA(width, beta, sparsity), None
-        else:
-            self.ista, self.mlp = None, MLP(width)
+        self.ista, self.mlp = (ISTA(width, beta, sparsity), None) if sparsification == "ISTA" else (None, MLP(width))
 
     def compress(self, tokens, first=None):
         return torch.add(tokens[..., :first, :], self.mssa(self.norm1(tokens), first), alpha=self.sign)

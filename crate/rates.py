@@ -142,12 +142,8 @@ def expansion_gradient(tokens, U, heads, gamma=1.0, orders=(1, 2)):
     """
     with full_precision(tokens.device.type):
         V = split_heads(full(tokens) @ full(U), heads)  # (..., K, N, p)
-        gradient = torch.zeros_like(V)
-        if 1 in orders:
-            gradient += gamma * V
-        if 2 in orders:
-            gradient -= gamma**2 * V @ (V.mT @ V)
-        return merge_heads(gradient) @ full(U).mT
+        first, second = gamma * V, gamma**2 * V @ (V.mT @ V)
+        return merge_heads((1 in orders) * first - (2 in orders) * second) @ full(U).mT
 
 
 def taylor_bound(tokens, U, heads, gamma=1.0):

@@ -103,11 +103,11 @@ def add_srr_gradients(model, outputs, layers, weight, sparsity=0.1, gamma=1.0, n
             measure = objective.detach()
         else:
             measure = objective.detach() + sparsity * (tokens != 0).sum().to(rate.dtype) / len(tokens)
+        total = total + measure / len(layers)
         parameters = [p for p in model.layers[layer].parameters() if p.requires_grad]
-        gradients = []  # of a frozen layer
-        if parameters:
-            gradients = torch.autograd.grad(objective * (weight / len(layers)), parameters, retain_graph=True)
+        if not parameters:  # a frozen layer
+            continue
+        gradients = torch.autograd.grad(objective * (weight / len(layers)), parameters, retain_graph=True)
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        total = total + measure / len(layers)
     return total

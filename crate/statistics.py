@@ -57,8 +57,9 @@ def arrange(table, hyperparameters, seed_column=None):
     combinations = list(zip(*(indices(number_or_text(row[name]) for row in table) for name in hyperparameters)))
     setting = indices(combinations)
     seed = indices(number_or_text(row[seed_column]) if seed_column else None for row in table)
-    for row, k, model in zip(table, itertools.count(), indices(zip(setting, seed))):
+    for k, model in enumerate(indices(zip(setting, seed))):
         if model < k:
+            row = table[k]
             named = ", ".join(f"{name} {row[name]}" for name in hyperparameters)
             cure = f"with {seed_column} {row[seed_column]}" if seed_column else "and no --seed-column tells the models apart"
             raise InputError(f"--hyperparameters: the combination {named} occurs twice {cure}")
@@ -106,8 +107,7 @@ def pairs(group):
 
 def by_group(group, groups):
     """The matrix (groups, pairs) that sums over the pairs of each group; `group` is that of each pair."""
-    pairs = len(group)
-    return csr_array((np.ones(pairs, np.float32), (group, np.arange(pairs))), shape=(groups, pairs))
+    return csr_array((np.ones(len(group), np.float32), (group, np.arange(len(group)))), shape=(groups, len(group)))
 
 
 def blocks(rows, width):
