@@ -8,6 +8,7 @@ OUT/COLUMN=VALUE/, for the rows of each value alone.
 """
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -70,11 +71,9 @@ def default_measures(rows, columns, arguments, seed_column):
     taken = {*arguments.hyperparameters, arguments.by, arguments.colour, seed_column, "run", "reached_target"}
     measures = []
     for name in columns[columns.index(arguments.gap) + 1 :]:
-        try:
+        with suppress(InputError):  # text
             if name not in taken and not name.startswith("gap") and any(map(math.isfinite, numbers(rows, name))):
                 measures.append(name)
-        except InputError:  # text
-            pass
     if not measures:
         raise InputError(f"--gap {arguments.gap}: no column of numbers to the right of it; name the measures with --measures")
     return measures

@@ -11,6 +11,7 @@ they hold already is skipped unless its checkpoint changed. Measures stand right
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from crate.cli import InputError, Parser, number, one_line, output_folder, run
@@ -78,11 +79,9 @@ def check_data(paths, data_dir):
 
     wanted = set()
     for path in paths:
-        try:
+        with suppress(InputError, OSError, KeyError):  # reported when its turn comes
             config = read_json(path / "config.json")
             wanted.add((config["dataset"], data_dir or config["data_dir"]))
-        except (InputError, OSError, KeyError):  # reported when its turn comes
-            pass
     for dataset, folder in wanted:
         load_data(dataset, folder)
 
@@ -136,8 +135,7 @@ def main():
     pending = {name: path for name, path in found.items() if arguments.redo or not is_done(name, path)}
     check_data(pending.values(), arguments.data_dir)
     print(f"{len(found)} runs, {len(found) - len(pending)} measured already; on {device}, searches on {images} images")
-    options = {"images": images, "device": device}
-    options |= {key: getattr(arguments, key) for key in ("data_dir", "heads", "dataset")}
+    options = {"images": images, "device": device} | {key: getattr(arguments, key) for key in ("data_dir", "heads", "dataset")}
     tasks = []
     for name, path in pending.items():  # a row is replaced as a whole: what it has stays in it
         groups = [group for group in GROUPS if group in arguments.groups or rows.get(name, {}).get(GROUPS[group])]

@@ -139,10 +139,9 @@ def margin(model, images, labels, chunk=256):
 def without_layernorm(model):
     """A copy of the model in float64 with the identity in the place of every LayerNorm."""
     model = copy.deepcopy(model).double()
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.LayerNorm):
-                setattr(module, name, nn.Identity())
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.forward = lambda tokens: tokens
     return model
 
 
@@ -177,10 +176,9 @@ def accuracy(model, weights, images, labels, chunk=256):
 def find_scale(drop, guess, low=1e-4, high=1.0):
     """The scale between `low` and `high` at which drop(scale), a loss of accuracy, crosses 0.1, and the drop there: two floats.
 
-    Bisection on the logarithm of the scale, by Brent's method: the same bracket around the crossing, narrowed to PRECISION
-    in half the steps by interpolation in the logit of the drop. Nothing ends it early but a drop of exactly 0.1. The drops at
-    the two ends are taken for granted, with the logits that make it start at `guess`, a typical scale: where there is no
-    crossing between, an end is returned, and the drop there tells.
+    Brent's method on the logarithm of the scale and the logit of the drop narrows the bracket to PRECISION in half the steps
+    of a bisection; nothing ends it early but a drop of exactly 0.1. The two ends are taken for a bracket, with heights that
+    make it start at `guess`, a typical scale: where nothing crosses between, an end is returned, and the drop there tells.
     """
     ends = math.log(low), math.log(high)
 
@@ -213,11 +211,8 @@ def noise_scale(model, images, labels, magnitude_aware=False, chunk=256):
 
     def drop(scale):
         spread = {name: (scale**2 * w.square() + EPS**2).sqrt() if magnitude_aware else scale for name, w in weights.items()}
-        noisy = math.fsum(
-            accuracy(model, {name: w + spread[name] * z[name] for name, w in weights.items()}, images, labels, chunk)
-            for z in directions
-        )
-        return unperturbed - noisy / DIRECTIONS
+        copies = ({name: w + spread[name] * z[name] for name, w in weights.items()} for z in directions)
+        return unperturbed - math.fsum(accuracy(model, noisy, images, labels, chunk) for noisy in copies) / DIRECTIONS
 
     with evaluating(model):
         unperturbed = accuracy(model, {}, images, labels, chunk)
@@ -331,13 +326,10 @@ def measure(model, initial, data, groups, images=10_000):
     if "srr" in groups:
         values, layers = srr(model, data)
         measures |= values
-    # What is doubtful, by the name of its column.
-    flags = ["margin"] * (details["margin"] <= 0)
-    drops = {name: details[f"{name}_drop"] for name in ("sigma", "sigma_mag", "alpha")}
-    flags += [name for name, drop in drops.items() if drop is not None and not DROP_RANGE[0] <= drop <= DROP_RANGE[1]]
-    flags += [
-        name for name, value in measures.items() if not math.isfinite(value) or value <= 0 and name.startswith("path_norm")
-    ]
+    flags = ["margin"] if details["margin"] <= 0 else []  # what is doubtful, by the name of its column
+    searched = [name for name in ("sigma", "sigma_mag", "alpha") if details[name] is not None]
+    flags += [name for name in searched if not DROP_RANGE[0] <= details[f"{name}_drop"] <= DROP_RANGE[1]]
+    flags += [name for name, mu in measures.items() if not math.isfinite(mu) or name.startswith("path_norm") and mu <= 0]
     return measures, details | {"flags": " ".join(flags)}, layers
 
 
