@@ -100,7 +100,7 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
         measures["fro_dist"] = squares["init"].sum()  # J-eq. 40
         measures["dist_spec_init"] = spec(moved).sum()  # J-eq. 41
         for name, square in squares.items():  # J-eqs. 29, 30
-            measures[f"log_spec_{name}_main"] = over_margin + (square / spec_w).sum().log()
+            measures[f"log_spec_{name}_main"] = measures["log_prod_of_spec_over_margin"] + (square / spec_w).sum().log()
     if sigma is not None:
         rest = math.log(examples / sigma) + 10
         for name, square in squares.items():  # J-eqs. 48, 49
@@ -240,10 +240,9 @@ def sharpness_radius(model, images, labels, chunk=256):
     weights = perturbed_parameters(model)
 
     def drop(radius):
-        moved, signs = weights, first
+        moved = weights
         for step in range(ASCENT_STEPS):
-            if step:
-                signs = gradient_signs(model, moved, images, labels, chunk)
+            signs = gradient_signs(model, moved, images, labels, chunk) if step else first
             moved = {
                 name: w + (moved[name] - w + radius / 2 * signs[name]).clamp(-radius, radius) for name, w in weights.items()
             }
