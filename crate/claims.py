@@ -44,9 +44,9 @@ def nested(rows, *columns):
     return result
 
 
-def claim(section, text, side, number, low, high, n, of):
-    """A row of the claims table."""
-    row = {"section": section, "claim": text, "claimed": "> 0" if side > 0 else "< 0"}
+def claim(section, text, side, number, low, high, n, of, measure=""):
+    """A row of the claims table. measure: the one that decides, where the claim is about several."""
+    row = {"section": section, "claim": text, "measure": measure, "claimed": "> 0" if side > 0 else "< 0"}
     return row | {"number": number, "low": low, "high": high, "n": n, "of": of, "verdict": verdict(low, high, side)}
 
 
@@ -89,7 +89,7 @@ def layer_claims(layers):
     rises = means(lambda epochs: epochs[0][-1] - turn(epochs[0]))
     return over_seeds("4.3", [
         ("At initialisation SRR falls over the first three quarters of the layers: its change", -1, falls),
-        ("... and rises after them: its change", +1, rises),
+        ("At initialisation SRR rises over the last quarter of the layers: its change", +1, rises),
         *((f"Training raises SRR at every layer, {model}: the smallest change over layers", +1, means(smallest_change, [model]))
           for model in MAIN),
     ])  # fmt: skip
@@ -130,14 +130,14 @@ def correlation_claims(rows, which, first):
         return []
     rivals = [name for name in by_name if not name.startswith("srr")]
     norms = [name for name in by_name if name.startswith(("log_prod_of_", "log_sum_of_"))]
-    claims = [  # text, in which {} is the measure that decides; side; number; measures that the claim is about
+    claims = [  # text; side; number; measures that the claim is about
         ("SRR correlates with the gap: tau", +1, "tau", ["srr"]),
-        ("SRR has the highest tau: tau minus that of its closest rival, {}", +1, "diff_srr", rivals),
+        ("SRR has the highest tau: tau minus that of its closest rival", +1, "diff_srr", rivals),
     ]
     if first:
         claims += [
-            ("SRR wins on the model-type axis: psi minus that of its closest rival, {}", +1, "diff_srr_psi_model", rivals),
-            ("Products and sums of norms all correlate negatively: tau of {}", -1, "tau", norms),
+            ("SRR wins on the model-type axis: psi minus that of its closest rival", +1, "diff_srr_psi_model", rivals),
+            ("Products and sums of norms all correlate negatively: tau", -1, "tau", norms),
             ("Path-norm correlates negatively: tau", -1, "tau", ["path_norm"]),
             ("1/margin correlates positively: tau", +1, "tau", ["inverse_margin"]),
             ("PAC-Bayes flatness correlates positively: tau", +1, "tau", ["pacbayes_flatness"]),
@@ -150,8 +150,8 @@ def correlation_claims(rows, which, first):
         own = [by_name[name] for name in names if name in by_name and math.isfinite(by_name[name].get(key, math.nan))]
         if own:
             row, models = deciding(own, key, side), int(by_name["srr"]["models"])
-            text = f"{text.format(row['measure'])}, {which}"
-            table.append(claim("5", text, side, row[key], row[f"{key}_low"], row[f"{key}_high"], models, "models"))
+            values = row[key], row[f"{key}_low"], row[f"{key}_high"], models, "models"
+            table.append(claim("5", f"{text}, {which}", side, *values, row["measure"] if len(names) > 1 else ""))
     return table
 
 

@@ -60,7 +60,7 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
 
     weights: the counted matrices W_1..W_d, a sequence or {name: matrix}; initial: the same matrices at initialisation;
     margin: gamma, <= 0 makes the measures over the margin NaN; examples: m; sigma, sigma_mag: the noise scales at which
-    training accuracy has dropped by 0.1. None for initial or a scale leaves out the measures that need it.
+    training accuracy has dropped by 0.1. None for initial, margin or a scale leaves out the measures that need it.
     """
     if isinstance(weights, dict):
         initial = None if initial is None else [initial[name] for name in weights]
@@ -75,7 +75,7 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
         return torch.stack([torch.linalg.svdvals(w)[0].square() for w in matrices])
 
     fro_w, spec_w = fro(weights), spec(weights)
-    log_margin = math.log(margin) if margin > 0 else math.nan
+    log_margin = math.log(margin) if margin is not None and margin > 0 else math.nan
     measures = {
         "params": omega,  # J-eq. 20
         "l2": fro_w.sum().sqrt(),
@@ -114,7 +114,8 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
                 numerator = (EPS**2 + (sigma_mag**2 + 1) * square.sum() / omega).log()
                 measures[f"pacbayes_mag_{name}"] = (omega * numerator - denominators) / 4 + rest
         measures["pacbayes_mag_flatness"] = 1 / sigma_mag**2  # J-eq. 61
-    return {name: float(value) for name, value in measures.items()}
+    of_margin = ("margin", "_main")
+    return {name: float(mu) for name, mu in measures.items() if margin is not None or not name.endswith(of_margin)}
 
 
 def logits(model, weights, images, chunk):

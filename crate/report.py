@@ -270,11 +270,20 @@ def write_report(results, attention):
 
 def main():
     parser = Parser(__doc__)
-    add = parser.add_argument
+    add, what = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     add("--runs", help="folder of run folders, such as runs/laptop; without it, --results is reported as it is")
-    add("--results", required=True, help="folder of the tables, such as results/digits")
+    what.add_argument("--results", help="folder of the tables, such as results/digits")
+    what.add_argument("--claims", nargs="+", metavar="FOLDER", help="print the claims of several such folders side by side")
     add("--attention", default="results/attention_only", help="what attention_only.py wrote (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.claims:
+        of_data = {Path(folder).name: read_typed(Path(folder) / "claims.csv") for folder in arguments.claims}
+        for folder, rows in zip(arguments.claims, of_data.values()):
+            if not rows:
+                raise InputError(f"--claims {folder}: no claims.csv there; name a folder that --results had")
+        return print(tables.claims_side_by_side(of_data), end="")
+    if not (arguments.runs or Path(arguments.results).is_dir()):
+        raise InputError(f"--results {arguments.results}: no such folder; name one, or --runs to make it from")
     results = output_folder(arguments.results, "--results")
     if arguments.runs:
         collect(arguments.runs, results)

@@ -88,15 +88,38 @@ def paired(with_srr, without):
     return f"{mean:+.2f}" + f" [{low:+.2f}, {high:+.2f}]" * bool(low < high)
 
 
+def claim_cells(row):
+    """What a claims table says of a row of claims.csv: its number and interval, rounded, with the measure that decides."""
+    bounds = f"[{row['low']:+.3g}, {row['high']:+.3g}]" if np.isfinite(row["low"]) else "-"
+    return [f"{row['number']:+.3g}" + f" ({row['measure']})" * bool(row["measure"]), bounds]
+
+
 def claims_table(rows):
-    """The rows of claims.csv, their numbers rounded."""
-    lines = []
-    for row in rows:
-        bounds = "[{low:+.3g}, {high:+.3g}]" if np.isfinite(row["low"]) else "-"
-        cells = ("{section}", "{claim}", "{claimed}", "{number:+.3g}", bounds, "{n} {of}", "**{verdict}**")
-        lines.append([cell.format(**row) for cell in cells])
+    """The rows of claims.csv."""
+    lines = [
+        [row["section"], row["claim"], row["claimed"], *claim_cells(row), f"{row['n']} {row['of']}", f"**{row['verdict']}**"]
+        for row in rows
+    ]
     header = ("section", "claim: the number that decides it", "claimed", "number", "95 % interval", "n", "verdict")
     return lines and markdown_table(header, lines)
+
+
+def claims_side_by_side(of_data):
+    """The rows of claims.csv of several data sets, {data set: rows}: first what any contradicts, then what they disagree on."""
+    by_claim = {}
+    for data, rows in of_data.items():
+        for row in rows:
+            by_claim.setdefault((row["section"], row["claim"], row["claimed"]), {})[data] = row
+
+    def rank(item):
+        verdicts = {row["verdict"] for row in item[1].values()}
+        return "contradicted" not in verdicts, len(verdicts) == 1, "holds" in verdicts
+
+    def cell(row):
+        return " ".join([*claim_cells(row), f"**{row['verdict']}**"]) if row else "-"
+
+    lines = [[*claim, *(cell(rows.get(data)) for data in of_data)] for claim, rows in sorted(by_claim.items(), key=rank)]
+    return markdown_table(("section", "claim: the number that decides it", "claimed", *of_data), lines)
 
 
 def attention_table(rows):
@@ -171,10 +194,9 @@ def table_3(rows):
 
 def table_4(rows):
     """The grid of Section 5 and how its runs ended (Table 4)."""
-    lines = []
-    for axis in ("model", "batch_size", "lr", "width", "dropout"):
-        values = sorted({row[axis] for row in rows}, key=lambda value: (len(value), value))
-        lines.append([axis.replace("_", " "), ", ".join(values)])
+    lines = [["model", ", ".join(names(rows))]]
+    for axis in ("batch_size", "lr", "width", "dropout"):
+        lines.append([axis.replace("_", " "), ", ".join(values_of(rows, axis))])
     missed = [row["run"] for row in rows if row["reached_target"] != "True"]
     lines += [["runs", len(rows)], ["reached the target", len(rows) - len(missed)]]
     for name, key, scale in ("epochs", "epochs", 1), ("validation accuracy, %", "val_accuracy", 100), ("gap (loss)", "gap", 1):

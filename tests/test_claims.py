@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from crate import claims
+from crate import claims, tables
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_interval():
 
 
 def find(rows, *words):
-    (row,) = [row for row in rows if all(word in row["claim"] for word in words)]
+    (row,) = [row for row in rows if all(word in row["claim"] + row["measure"] for word in words)]
     return row["verdict"], pytest.approx(row["number"])
 
 
@@ -64,8 +64,8 @@ def test_layer_claims():
         rows += layer_rows("crate", seed, 0, [9, 7, 5 + noise, 8])
         rows += layer_rows("crate", seed, 20, [10, 9, 8 + noise, 7 + noise])
     result = claims.layer_claims(rows[::-1])  # in any order
-    assert find(result, "At initialisation") == ("holds", -3.9)
-    assert find(result, "rises after") == ("holds", 2.9)
+    assert find(result, "first three quarters") == ("holds", -3.9)
+    assert find(result, "last quarter") == ("holds", 2.9)
     assert find(result, "Training", "crate:") == ("contradicted", -0.9)  # the last layer
     assert len(result) == 3
 
@@ -131,3 +131,34 @@ def test_regularisation_claims():
     assert find(result, "Shallower") == ("holds", (3 + 2.9 + 1.6) / 3)
     assert find(result, "exact gradient") == ("holds", 5.1)
     assert len(result) == 7
+
+
+def test_claims_side_by_side_begin_with_what_is_contradicted():
+    def row(text, number, verdict, measure=""):
+        bounds = {"low": number - 1, "high": number + 1}
+        return {
+            "section": 5,
+            "claim": text,
+            "claimed": "> 0",
+            "number": number,
+            "measure": measure,
+            "verdict": verdict,
+        } | bounds
+
+    a = [
+        row("both", 2.0, "holds"),
+        row("neither", 0.5, "undecided"),
+        row("here", 3.0, "holds", "l2"),
+        row("a alone", 2.0, "holds"),
+    ]
+    b = [
+        row("both", 4.0, "holds"),
+        row("neither", 0.1, "undecided"),
+        row("here", 0.0, "undecided"),
+        row("b", -2.0, "contradicted"),
+    ]
+    lines = tables.claims_side_by_side({"digits": a, "fashion": b}).splitlines()
+    assert lines[0].endswith("| claimed | digits | fashion |")
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["b", "here", "neither", "both", "a alone"]
+    assert lines[3] == "| 5 | here | > 0 | +3 (l2) [+2, +4] **holds** | +0 [-1, +1] **undecided** |"
+    assert lines[2].endswith("| - | -2 [-3, -1] **contradicted** |")

@@ -180,6 +180,8 @@ def test_report_is_rebuilt_from_its_tables_alone(runs, tmp_path, script, monkeyp
 
 
 def test_nothing_to_report(script, tmp_path):
-    assert_refused(script("crate.report", "--results", tmp_path / "r", "--attention", tmp_path), "--results", "stages")
+    assert_refused(script("crate.report", "--results", tmp_path, "--attention", tmp_path), "--results", "stages")
+    assert_refused(script("crate.report", "--results", tmp_path / "r"), "--results", "no such folder")
+    assert_refused(script("crate.report", "--claims", tmp_path), "--claims", "claims.csv")
     assert_refused(script("crate.report", "--results", tmp_path / "r", "--runs", tmp_path), "--runs", "no finished run")
-    assert_refused(script("crate.report", "--results", "/proc/nowhere"), "--results /proc/nowhere")
+    assert_refused(script("crate.report", "--results", "/proc/nowhere", "--runs", tmp_path), "--results /proc/nowhere")

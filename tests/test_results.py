@@ -47,3 +47,10 @@ def test_report_is_whole(folder):
     assert {row["run"] for row in read_csv(folder / "measures.csv")} <= runs, "measures of runs that the report doesn't know"
     assert f"# Report: {folder.name}" in text and "Where the numbers come from" in text
     assert not list(folder.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("folder", [ROOT / "results"])
+def test_readme_shows_the_claims_on_all_data_sets(script, folder):
+    code, table, error = script("crate.report", "--claims", *(ROOT / "results" / name for name in ("digits", "fashion-mnist")))
+    assert code == 0, error
+    assert table in (ROOT / "README.md").read_text()

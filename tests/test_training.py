@@ -256,9 +256,11 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     flags = (*SMALL, "--epochs", 100_000, "--seed", 0, 1, "--jobs", 2, "--out", tmp_path)
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     parent = subprocess.Popen([sys.executable, "train.py", *map(str, flags)], cwd=Path(training.__file__).parents[1], **quiet)
-    wait_until(lambda: len(list(tmp_path.glob("*/last.pt"))) == 2)
-    parent.kill()
-    parent.wait()
+    try:
+        wait_until(lambda: len(list(tmp_path.glob("*/last.pt"))) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
     wait_until(lambda: not any(map(lock_holder, tmp_path.iterdir())))
 
 
