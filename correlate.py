@@ -186,10 +186,10 @@ def main():
     for value in dict.fromkeys(row[by] for row in rows) if by else ():
         part = [row for row in rows if row[by] == value]
         folder = f"{quote(by, safe='')}={quote(value, safe='')}"
-        if len(part) < 3:
-            print(f"{folder}: {len(part)} models, too few for rank statistics; left out")
-        else:
+        try:
             results[out / folder] = analyse(part, axes, measures, seed_column, arguments, folder)
+        except InputError as error:  # too few models, for one; what is wrong with all rows is refused below
+            print(f"{folder}: left out: {error}")
     results[out] = analyse(rows, axes + [by] * bool(by), measures, seed_column, arguments, "all models")
     output_folder(out)
     for folder, result in results.items():

@@ -6,7 +6,7 @@
     python measure.py checkpoint.pth --heads 6 --dataset cifar10    a released CRATE checkpoint
 
 SRR's parts per layer go to a second table beside the first, measures_layers.csv. Both are written after every model, and what
-they hold already is skipped unless its checkpoint changed. Measures stand right of the gaps, everything else left of them.
+they hold already is skipped unless its checkpoint or --images changed. Measures stand right of the gaps, all else left of them.
 """
 
 import sys
@@ -43,19 +43,19 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def find_runs(arguments):
-    """The finished runs and checkpoints that the arguments mean, {name: path}, and the names of unfinished runs."""
+def find_runs(paths):
+    """The finished runs and checkpoints at `paths`, {name: path}, and the names of unfinished runs."""
     found, unfinished = {}, []
-    for path in map(Path, arguments):
+    for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"{path}: no such folder")
         if path.is_file() or (path / "config.json").exists() or (path / "result.json").exists():
-            paths = [path]
+            runs = [path]
         else:
-            paths = sorted({file.parent for name in ("config", "result") for file in path.glob(f"*/{name}.json")})
-        if not paths:
+            runs = sorted({file.parent for name in ("config", "result") for file in path.glob(f"*/{name}.json")})
+        if not runs:
             raise InputError(f"{path}: holds no run; name a folder that train.py made, or the folder above it")
-        for one in paths:
+        for one in runs:
             if one.is_dir() and not (one / "result.json").exists():
                 unfinished.append(one.name)
             elif found.setdefault(one.name, one).resolve() != one.resolve():
@@ -73,11 +73,11 @@ def read_table(path, columns):
     return table
 
 
-def check_data(paths, data_dir):
+def check_data(paths, data_dir, released):
     """Load every data set once, so that a missing one is reported at once and downloads don't collide."""
     from crate.data import load_data
 
-    wanted = set()
+    wanted = {(released, data_dir or "data") for path in paths if released and path.is_file()}
     for path in paths:
         with suppress(InputError, OSError, KeyError):  # reported when its turn comes
             config = read_json(path / "config.json")
@@ -133,7 +133,7 @@ def main():
             return False  # a file that can't be read is reported when its turn comes
 
     pending = {name: path for name, path in found.items() if arguments.redo or not is_done(name, path)}
-    check_data(pending.values(), arguments.data_dir)
+    check_data(pending.values(), arguments.data_dir, arguments.dataset)
     print(f"{len(found)} runs, {len(found) - len(pending)} measured already; on {device}, searches on {images} images")
     options = {"images": images, "device": device} | {key: getattr(arguments, key) for key in ("data_dir", "heads", "dataset")}
     tasks = []

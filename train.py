@@ -56,7 +56,7 @@ def make_parser():
     add("--ista-beta", type=above_0, help="step size of ISTA, Eq. 3 (default: 0.1)")
     add("--ista-lambda", type=not_negative, help="lambda of ISTA's threshold, Eq. 3 (default: 0.1)")
     add("--temperature", choices=("sqrt-p", "none"), help="of the trained models' softmax (default: sqrt-p, as released)")
-    add("--log-srr-every", type=count, metavar="EPOCHS", help="log layer-wise SRR; 0: never")
+    add("--log-srr-every", type=count, metavar="EPOCHS", help="log layer-wise SRR of 512 images; 0: never")
     add("--seed", type=count, help="one or more", **several)
     saving = "save after an epoch if the last time is so long ago; 0: after each (default: 10)"
     add("--save-every", type=not_negative, default=10.0, metavar="SECONDS", help=saving)

@@ -19,7 +19,7 @@ def verdict(low, high, side):
     return "holds" if low > 0 else "contradicted" if high < 0 else "undecided"
 
 
-def interval(values):
+def mean_interval(values):
     """Mean of one value per seed, and its 95 % t interval; NaN bounds where there are fewer than two."""
     from scipy.stats import ttest_1samp
 
@@ -52,7 +52,7 @@ def claim(section, text, side, number, low, high, n, of, measure=""):
 
 def over_seeds(section, claims):
     """The rows of claims about means. claims: (text, side, [a value per seed]); one without values is left out."""
-    return [claim(section, text, side, *interval(values), len(values), "seeds") for text, side, values in claims if values]
+    return [claim(section, text, side, *mean_interval(values), len(values), "seeds") for text, side, values in claims if values]
 
 
 def attention_claims(rates):
@@ -118,9 +118,13 @@ def operator_claims(operators):
 
 
 def deciding(rows, key, side):
-    """The row that decides a claim about all rows: one whose interval of `key` contradicts it, else the closest to doing so."""
-    against = [row for row in rows if verdict(row[f"{key}_low"], row[f"{key}_high"], side) == "contradicted"]
-    return min(against or rows, key=lambda row: row[f"{key}_low"] if side > 0 else -row[f"{key}_high"])
+    """The row that decides a claim about all rows: of those with the worst verdict on `key`, the one with the worst number."""
+
+    def rank(row):
+        of_row = verdict(row[f"{key}_low"], row[f"{key}_high"], side)
+        return ("contradicted", "undecided", "holds").index(of_row), side * row[key]
+
+    return min(rows, key=rank)
 
 
 def correlation_claims(rows, which, first):
@@ -129,7 +133,7 @@ def correlation_claims(rows, which, first):
     if "srr" not in by_name:
         return []
     rivals = [name for name in by_name if not name.startswith("srr")]
-    norms = [name for name in by_name if name.startswith(("log_prod_of_", "log_sum_of_"))]
+    norms = [f"log_{what}_of_{norm}" for what in ("prod", "sum") for norm in ("fro", "spec")]
     claims = [  # text; side; number; measures that the claim is about
         ("SRR correlates with the gap: tau", +1, "tau", ["srr"]),
         ("SRR has the highest tau: tau minus that of its closest rival", +1, "diff_srr", rivals),

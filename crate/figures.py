@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 
-from crate.claims import interval, nested
+from crate.claims import mean_interval, nested
 
 # Okabe and Ito's colours, told apart with any colour vision; one per model type, the same in every figure.
 COLOURS = {
@@ -106,7 +106,7 @@ def by_layer(panels, path, *, label, sequential=False, share=True):
     for axis, (title, panel) in zip(axes, panels.items()):
         for line, by in panel.items():
             layers = sorted(by)
-            mean, low, high = zip(*(interval(by[layer]) for layer in layers))
+            mean, low, high = zip(*(mean_interval(by[layer]) for layer in layers))
             (handles[line],) = axis.plot(layers, mean, markers[line] + "-", color=colours[line], markersize=3.5, linewidth=1.2)
             axis.fill_between(layers, low, high, color=colours[line], alpha=0.2, linewidth=0)
         axis.set(title=title, xlabel="layer")

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from crate.config import VARIANT_TABLE
 from crate.rates import full_precision, merge_heads, split_heads, subspace_gradient
 
-LARGE = 80  # tokens beyond which, and CUDA where, the fused kernel that never writes the N x N weights is faster
+LARGE = 80  # beyond so many tokens, and always on CUDA, the fused kernel that never writes the N x N weights is faster
 
 
 def dropout_factors(tensor, p):
@@ -44,7 +44,8 @@ def _attend(V, scale, p):
 
 
 class _SelfAttention(torch.autograd.Function):
-    """Attention whose query, key and value are one tensor: its gradient takes four products where autograd takes six."""
+    """Attention whose query, key and value are one tensor: its gradient has the softmax's sum from the output, and is added up
+    in place."""
 
     @staticmethod
     def forward(context, V, scale, p):

@@ -99,8 +99,8 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
         measures["l2_dist"] = squares["init"].sum().sqrt()
         measures["fro_dist"] = squares["init"].sum()  # J-eq. 40
         measures["dist_spec_init"] = spec(moved).sum()  # J-eq. 41
-        for name, square in squares.items():  # J-eqs. 29, 30
-            measures[f"log_spec_{name}_main"] = measures["log_prod_of_spec_over_margin"] + (square / spec_w).sum().log()
+    for name, square in squares.items():  # J-eqs. 29, 30
+        measures[f"log_spec_{name}_main"] = measures["log_prod_of_spec_over_margin"] + (square / spec_w).sum().log()
     if sigma is not None:
         rest = math.log(examples / sigma) + 10
         for name, square in squares.items():  # J-eqs. 48, 49
@@ -123,11 +123,11 @@ def logits(model, weights, images, chunk):
     return torch.cat([functional_call(model, weights, (part,)) for part in images.split(chunk)])
 
 
-def margins(logits, labels):
-    """f(x)_y - max_{j != y} f(x)_j of logits (m, classes), labels (m,): (m,)."""
+def margins(outputs, labels):
+    """f(x)_y - max_{j != y} f(x)_j of logits f(x) (m, classes), labels (m,): (m,)."""
     own = labels[:, None]
-    others = logits.scatter(1, own, -math.inf).amax(1)
-    return logits.gather(1, own)[:, 0] - others
+    others = outputs.scatter(1, own, -math.inf).amax(1)
+    return outputs.gather(1, own)[:, 0] - others
 
 
 def margin(model, images, labels, chunk=256):
@@ -223,7 +223,7 @@ def noise_scale(model, images, labels, magnitude_aware=False, chunk=256):
 def gradient_signs(model, weights, images, labels, chunk=256):
     """The signs of the gradient of the cross-entropy over all the images at `weights`, {name: tensor}."""
     weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
-    sums = [torch.zeros_like(w, requires_grad=False) for w in weights.values()]
+    sums = [torch.zeros_like(w) for w in weights.values()]
     for x, y in zip(images.split(chunk), labels.split(chunk)):
         with torch.enable_grad():
             loss = F.cross_entropy(functional_call(model, weights, (x,)), y, reduction="sum")
@@ -346,7 +346,7 @@ def load_released(path, heads, dataset, data_dir, device):
     model = from_released_crate(load_checkpoint(path), heads).to(device).eval()
     tokens, width = model.pos_embedding.shape[1:]
     size = model.patch_size * math.isqrt(tokens - 1)
-    data = load_data(dataset, data_dir, image_size=size, train_subset=None, device=device)
+    data = load_data(dataset, data_dir, image_size=size, device=device)
     channels = model.patch_embedding[1].in_features // model.patch_size**2
     if channels != data.train_images.shape[1] or len(model.head[1].weight) <= data.train_labels.max():
         raise InputError(f"{path}: --dataset {dataset} has other channels or more classes than the checkpoint")

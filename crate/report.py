@@ -1,7 +1,7 @@
 """REPORT.md out of run folders: `python -m crate.report --runs runs/laptop --results results/digits`.
 
-First the run folders become tables, runs.csv, layers.csv and operators.csv; then everything in --results, and nothing else,
-becomes REPORT.md and figures/. Without --runs the second half alone is done, so a report can be rebuilt from committed tables.
+First the run folders become tables, runs.csv, layers.csv and operators.csv; then the tables in --results and --attention, and
+nothing else, become REPORT.md and figures/. Without --runs the second half alone is done: a report rebuilt from its tables.
 """
 
 import json
@@ -27,7 +27,7 @@ CLAIMS = """A claim *holds* where the whole 95 % interval of its number is on th
 the other side, and is *undecided* else (crate/claims.py). Intervals are t intervals over seeds; those of rank correlations are
 bootstraps.
 """
-HELD_OUT = "Bold: chosen by mean accuracy on training images that were held out; validation images play no part in it.\n"
+HELD_OUT = "Bold: the best above 0 by mean accuracy on held-out training images; validation images play no part in it.\n"
 ACCURACY = "Validation accuracy in % after the last epoch, mean ± standard deviation over seeds; differences paired by seed.\n"
 # What the paper says, beside what the runs say.
 PAPER = {
@@ -77,8 +77,8 @@ def collect(runs, results):
     if not rows:
         raise InputError(f"--runs {runs}: no finished run there; train first")
     for name, table in (("runs", rows), ("layers", layers), ("operators", operators)):
-        if table:
-            write_csv(Path(results) / f"{name}.csv", table)
+        path = Path(results) / f"{name}.csv"
+        write_csv(path, table) if table else path.unlink(missing_ok=True)  # one from other runs would be mixed in
 
 
 def read_typed(path):
@@ -242,8 +242,8 @@ def write_report(results, attention):
         text += section(
             "Layer-wise SRR (Section 4.3)",
             PAPER["4.3"],
-            image(results, "figures/fig_2.png", f"SRR measure {what}, on training images (Figs. 2, 3)"),
-            image(results, "figures/fig_2_validation.png", f"SRR measure {what}, on validation images"),
+            image(results, "figures/fig_2.png", f"SRR measure {what}, on up to 512 training images (Figs. 2, 3)"),
+            image(results, "figures/fig_2_validation.png", f"SRR measure {what}, on up to 512 validation images"),
             image(results, "figures/fig_2_parts.png", f"The parts of SRR {what}, on training images"),
             image(results, "figures/operators_rate.png", "What each operator of trained models adds to R^c, by layer"),
             image(results, "figures/operators_sparse_rate.png", "What each operator adds to the sparse rate"),
@@ -277,6 +277,8 @@ def main():
     add("--attention", default="results/attention_only", help="what attention_only.py wrote (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.claims:
+        if arguments.runs or len({Path(folder).name for folder in arguments.claims}) < len(arguments.claims):
+            raise InputError("--claims: name folders of different names, and no --runs")
         of_data = {Path(folder).name: read_typed(Path(folder) / "claims.csv") for folder in arguments.claims}
         for folder, rows in zip(arguments.claims, of_data.values()):
             if not rows:

@@ -1,8 +1,8 @@
 """Run folders: what their configs and names are, what makes two runs the same, what state each is in.
 
-A folder holds config.json, init.pt, log.jsonl (a row per epoch), last.pt, .lock (its holder, while it runs),
-error.txt (the last failure, until the run is started again) and result.json, written last: without it a run is unfinished.
-torch is loaded by `resolve` alone: `train.py --status` answers at once.
+A folder holds config.json, init.pt, log.jsonl (a row per epoch; train_loss is the mean over its steps), last.pt, .lock (its
+holder, while it runs), error.txt (the last failure, until the run is started again) and result.json, written last: without it
+a run is unfinished. torch is loaded by `resolve` alone: `train.py --status` answers at once.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ def resolve(arguments):
 
 
 def run_name(config):
-    """The run folder's name: every flag that may take several values."""
+    """The run folder's name: the flags that may take several values, and those in which run_all.sh's runs differ."""
     name = "{model}_d{width}_L{depth}_b{batch_size}_lr{lr:g}_p{dropout:g}"
     name += "_wd{weight_decay:g}" * bool(config["weight_decay"])
     name += "_hold{hold_out:g}" * bool(config["hold_out"])

@@ -352,8 +352,8 @@ def correlate(
 
     Cost: tau is O(n log n). The bootstrap costs n^2 a resample, so `resamples` and `permutations` say how many were afforded:
     10,000 up to 800 settings with 30 measures, 200 at 10,000 settings with ten. Where fewer than 1000 permutations are
-    affordable, p_value is the normal limit (permutations 0). K takes n^2 times the number of cells and is left out of a table
-    of more than about 3000 models. `note` says what was left out. Raises InputError.
+    affordable (`permutations` 0), p_value is the normal limit with one seed, and left out with several. K takes n^2 times the
+    number of cells and is left out of a table of more than about 3000 models. `note` says what was left out. Raises InputError.
     """
     setting, seed, levels = arrange(table, hyperparameters, seed_column)
     seeds = int(seed.max()) + 1

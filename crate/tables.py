@@ -6,7 +6,7 @@ A table without lines is an empty list.
 
 import numpy as np
 
-from crate.claims import interval
+from crate.claims import mean_interval
 from crate.config import DATASETS, DEFAULTS, PRESETS, VARIANT_TABLE
 from crate.files import markdown_table
 
@@ -48,9 +48,9 @@ def held_out(rows, model, axis, value):
 
 
 def chosen(rows, model, axis):
-    """The value of `axis` (srr_reg, weight_decay or dropout) with the best mean accuracy on held-out training images, as text.
+    """The value of `axis` (srr_reg, weight_decay or dropout) above 0 with the best mean accuracy on held-out training images.
 
-    The smallest of the best; the paper's 0.001 for srr_reg, and None for the others, where nothing was held out.
+    As text, the smallest of the best; the paper's 0.001 for srr_reg, and None for the others, where nothing was held out.
     """
     held = {value: list(held_out(rows, model, axis, value).values()) for value in values_of(rows, axis) if float(value)}
     means = {value: np.mean(accuracy) for value, accuracy in held.items() if accuracy}
@@ -84,7 +84,7 @@ def paired(with_srr, without):
     seeds = sorted(with_srr.keys() & without.keys())
     if not seeds:
         return "-"
-    mean, low, high = interval([with_srr[seed] - without[seed] for seed in seeds])
+    mean, low, high = mean_interval([with_srr[seed] - without[seed] for seed in seeds])
     return f"{mean:+.2f}" + f" [{low:+.2f}, {high:+.2f}]" * bool(low < high)
 
 

@@ -22,11 +22,11 @@ def test_verdict(low, high, side, expected):
 
 
 def test_interval():
-    mean, low, high = claims.interval([1.0, 2.0, 4.0])
+    mean, low, high = claims.mean_interval([1.0, 2.0, 4.0])
     wanted = stats.t.interval(0.95, 2, 7 / 3, stats.sem([1, 2, 4]))
     assert (mean, low, high) == pytest.approx((7 / 3, *wanted))
-    assert claims.interval([2.0, 2.0]) == (2.0, 2.0, 2.0)
-    mean, low, high = claims.interval([3.0])
+    assert claims.mean_interval([2.0, 2.0]) == (2.0, 2.0, 2.0)
+    mean, low, high = claims.mean_interval([3.0])
     assert mean == 3 and math.isnan(low) and math.isnan(high)
 
 
@@ -80,6 +80,20 @@ def test_operator_claims():
     result = claims.operator_claims(rows)
     assert find(result, "attention step")[1] == 3 and len(result) == 2
     assert find(result, "ReLU") == ("contradicted", 0.5)
+
+
+def test_the_worst_verdict_decides_and_among_those_the_worst_number():
+    def rows(*intervals):
+        return [{"x": (low + high) / 2, "x_low": low, "x_high": high} for low, high in intervals]
+
+    for side in (1, -1):
+        for intervals, worst in (
+            ([(0.1, 0.3), (-0.5, 0.9), (-0.2, 0.3), (0.2, 0.9)], 2),  # the widest reaches lowest, but is not the closest
+            ([(0.1, 0.3), (0.05, 0.9)], 0),
+            ([(-0.3, -0.1), (-0.9, 0.1), (-0.8, -0.1)], 2),
+        ):
+            own = rows(*(sorted((side * low, side * high)) for low, high in intervals))
+            assert claims.deciding(own, "x", side) is own[worst]
 
 
 def statistic(measure, tau, low, high, diff=0.0, psi=0.0):

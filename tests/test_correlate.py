@@ -145,5 +145,9 @@ def test_bad_tables_are_refused_in_one_line(script, tmp_path, text, words):
 def test_values_with_too_few_models_have_no_folder(script, table, tmp_path):
     models = [row for row in rows() if row["width"] == 24 or row["run"] == "run4"]
     code, output, _ = script("correlate", table(models), *FLAGS, "--by", "width", "--out", tmp_path / "out")
-    assert code == 0 and "width=48: 1 models, too few" in output
+    assert code == 0 and "width=48: left out: --gap gap: 1 models" in output
     assert (tmp_path / "out" / "width=24").is_dir() and not (tmp_path / "out" / "width=48").exists()
+    models += [row | {"seed": 1, "run": "again"} for row in models if row["run"] in ("run4", "run0", "run1", "run2")]
+    models += [row | {"run": "other"} for row in rows() if row["run"] == "run5"]  # three of this width, but two with one seed
+    code, output, _ = script("correlate", table(models), *FLAGS, "--by", "width", "--out", tmp_path / "seeds")
+    assert code == 0 and "width=48: left out" in output and (tmp_path / "seeds" / "width=24").is_dir()

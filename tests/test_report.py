@@ -1,6 +1,7 @@
 """Tables and figures out of run folders."""
 
 import json
+import shutil
 import statistics
 
 import pytest
@@ -148,6 +149,13 @@ def runs(tmp_path_factory):
 
 def test_collect(runs, tmp_path):
     report.collect(runs, tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "layers.csv").write_text("of other runs")
+    shutil.copytree(runs, tmp_path / "unlogged")
+    for log in tmp_path.glob("unlogged/*/log.jsonl"):
+        log.write_text("")
+    report.collect(tmp_path / "unlogged", tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["runs.csv"]
     rows, layers, operators = (read_csv(tmp_path / f"{name}.csv") for name in ("runs", "layers", "operators"))
     assert len(operators) == 4 * 2 * 2 * 4
     assert {r["point"] for r in operators} == {"input", "compressed", "normalised", "output"}
@@ -183,5 +191,6 @@ def test_nothing_to_report(script, tmp_path):
     assert_refused(script("crate.report", "--results", tmp_path, "--attention", tmp_path), "--results", "stages")
     assert_refused(script("crate.report", "--results", tmp_path / "r"), "--results", "no such folder")
     assert_refused(script("crate.report", "--claims", tmp_path), "--claims", "claims.csv")
+    assert_refused(script("crate.report", "--claims", tmp_path, tmp_path), "--claims", "different names")
     assert_refused(script("crate.report", "--results", tmp_path / "r", "--runs", tmp_path), "--runs", "no finished run")
     assert_refused(script("crate.report", "--results", "/proc/nowhere", "--runs", tmp_path), "--results /proc/nowhere")
