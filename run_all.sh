@@ -44,7 +44,7 @@ case $PRESET in
   laptop)  data=digits;        widths="48 96";   batches="64 128"; rates="1.5e-3 3e-3"; dropouts="0 0.02"; epochs=150
            seeds="0 1 2"; few="0 1"; layers="1 2 3"; train="14 min"; measure="2 min"; study="80 min" ;;
   fashion) data=fashion-mnist; widths="48 96";   batches="64 128"; rates="1e-3 2e-3";   dropouts="0 0.02"; epochs=150
-           seeds="0 1 2 3 4"; few="0 1 2"; layers="2 4"; train="2 h (an estimate)"; measure="5 min (an estimate)"; study="half a day (an estimate)" ;;
+           seeds="0 1 2 3 4"; few="0 1 2"; layers="2 4"; train="2 h"; measure="5 min"; study="half a day (an estimate)" ;;
   paper)   data=cifar10;       widths="384 768"; batches="64 128"; rates="1e-4 3e-4";   dropouts="0 0.1";  epochs=300
            seeds="0 1 2"; few="0 1 2"; layers="2 4 6 8 10"; train="two days on one GPU (an estimate)"; measure="hours (an estimate)"; study="a week on one GPU (an estimate)" ;;
 esac
