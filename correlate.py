@@ -2,20 +2,27 @@
 
     python correlate.py measures.csv --hyperparameters model batch_size lr dropout --gap gap --by width --out correlation
 
-The table is a CSV with a header and a row per model; it need not come from this project. Rows whose `reached_target` is False
-are left out. Writes to --out correlation.csv, correlation.md, scatter.png, forest.png and heatmap.png; with --by COLUMN also to
-OUT/COLUMN=VALUE/, for the rows of each value alone.
+TABLE.csv has a header and a row per model; it need not come from this project. Rows whose `reached_target` is False are left
+out. Writes correlation.csv, correlation.md and plots to --out, and with --by COLUMN, for the rows of each value alone, to
+OUT/COLUMN=VALUE/. They replace what an earlier correlate.py left there.
 """
 
+import csv
+import io
 import math
-from contextlib import suppress
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-from crate.cli import InputError, Parser, number, output_folder, run
-from crate.files import markdown_table, read_csv, write_csv, write_text
+import numpy as np
+import pandas as pd
 
-MOST_COLOURS = 12
+from crate import statistics
+from crate.cli import InputError, Parser, number, output_folder, run
+
+FILES = "correlation.csv correlation.md reliability.csv scatter.png forest.png srr.png within_between.png".split()
+EARLIER = "heatmap.png heatmap.pdf scatter.pdf forest.pdf".split()  # of earlier versions
 
 
 def parse_arguments():
@@ -24,176 +31,270 @@ def parse_arguments():
     add("table", metavar="TABLE.csv")
     add("--hyperparameters", nargs="+", required=True, metavar="COLUMN", help="what the models differ in, seeds apart")
     add("--gap", required=True, metavar="COLUMN", help="the generalisation gap")
-    add("--measures", nargs="+", metavar="COLUMN", help="default: all columns of numbers to the right of --gap, but gap*")
+    add("--measures", nargs="+", metavar="COLUMN", help="default: the columns of numbers to the right of --gap, but gap*")
     add("--seed-column", metavar="COLUMN", help="statistics per seed, then averaged (default: seed, if there is one; or: none)")
-    add("--by", metavar="COLUMN", help="also each value of this column alone; one more hyperparameter where all rows are taken")
-    add("--colour", metavar="COLUMN", help="of the scatter plots' points (default: model, if that is a hyperparameter)")
-    add("--validation-points", type=number(int, 1), metavar="N", help="weight sign errors (12 seeds or more)")
-    add("--accuracy-gap", default="gap_accuracy", metavar="COLUMN", help="for --validation-points (default: gap_accuracy)")
-    add("--resamples", type=number(int, 1), default=10_000, help="and permutations; large tables get fewer (default: 10000)")
-    add("--seed", type=number(int, 0), default=0, help="of resamples and permutations (default: 0)")
+    add("--by", metavar="COLUMN", help="also each value alone; one more hyperparameter of all rows (default: none)")
+    add("--strata", metavar="COLUMN", help="tau within and between them (default: model, if a hyperparameter; or: none)")
+    add("--val-losses", metavar="FILE.npz", help="run (names), losses (runs, images): resample images, too (default: none)")
+    add("--resamples", type=number(int, 1), default=10_000, help="and permutations (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of resamples and permutations (default: %(default)s)")
     add("--out", required=True, metavar="FOLDER")
     return parser.parse_args()
 
 
-def is_false(text):
-    return text.strip().lower() in ("false", "0")
+@contextmanager
+def flagged():
+    """A ValueError of crate.statistics begins with the name of an argument: refuse the flag of that name."""
+    try:
+        yield
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise InputError(f"--{name.replace('_', '-')} {rest}")
 
 
-def say_left_out(rows, reason):
-    names = ", ".join(row.get("run") or " ".join(list(row.values())[:6]) for row in rows)
-    if rows:
-        print(f"{len(rows)} models left out, {reason}: {names}")
+def read_table(path):
+    """A CSV file as text, its index the line in the file. Empty rows and columns without a name are left out."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        reader = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
+        rows = {reader.line_num: [cell.strip() for cell in row] for row in reader}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a CSV table in UTF-8 ({error})")
+    rows = {line: row for line, row in rows.items() if any(row)}
+    if len(rows) < 2:
+        raise InputError(f"{path}: the table is empty; expected a header and a row per model")
+    header = rows.pop(min(rows))
+    for line, row in rows.items():
+        if len(row) != len(header):
+            raise InputError(f"{path}: row {line} has {len(row)} fields, the header {len(header)}")
+    for name in header:
+        if name and header.count(name) > 1:
+            raise InputError(f"{path}: the header names {name} twice; rename one of the columns")
+    return pd.DataFrame(list(rows.values()), list(rows), header, dtype=object).drop(columns="", errors="ignore")
 
 
 def check_columns(arguments, columns):
-    """Raise InputError at a flag that names a column twice, or one that isn't there."""
-    flags = {
+    """Fill in the default seed column and strata. Raises InputError at a column that isn't there, or can't play its part."""
+    for flag, names in {
         "--hyperparameters": arguments.hyperparameters, "--gap": [arguments.gap], "--measures": arguments.measures or [],
-        "--seed-column": [arguments.seed_column], "--by": [arguments.by], "--colour": [arguments.colour],
-        "--accuracy-gap": [arguments.accuracy_gap] if arguments.validation_points else [],
-    }  # fmt: skip
-    for flag, names in flags.items():
+        "--seed-column": [arguments.seed_column], "--by": [arguments.by], "--strata": [arguments.strata],
+    }.items():  # fmt: skip
         for name in names:
-            if name not in (*columns, None) and (flag, name) != ("--seed-column", "none"):
+            if name not in (*columns, None) and (name != "none" or flag not in ("--seed-column", "--strata")):
                 raise InputError(f"{flag} {name}: no such column; the table has {', '.join(columns)}")
             if names.count(name) > 1:
                 raise InputError(f"{flag}: {name} is named twice; name it once")
+    axes = [*arguments.hyperparameters, arguments.by]
     for flag, name in (("--gap", arguments.gap), ("--seed-column", arguments.seed_column)):
-        if name and name in [*arguments.hyperparameters, arguments.by]:
+        if name and name in axes:
             raise InputError(f"{flag} {name}: it is also a hyperparameter; it can't be both")
+    if arguments.hyperparameters == [arguments.by]:
+        raise InputError(f"--by {arguments.by}: it is the only hyperparameter; name another with --hyperparameters")
+    if arguments.seed_column is None and "seed" in columns and "seed" not in axes:
+        arguments.seed_column = "seed"
+    if arguments.strata is None and "model" in axes:
+        arguments.strata = "model"
+    for flag in ("seed_column", "strata"):
+        if getattr(arguments, flag) == "none":
+            setattr(arguments, flag, None)
 
 
-def default_measures(rows, columns, arguments, seed_column):
-    """The columns of numbers to the right of the gap that aren't another gap and play no other part."""
-    from crate.statistics import numbers
-
-    taken = {*arguments.hyperparameters, arguments.by, arguments.colour, seed_column, "run", "reached_target"}
+def default_measures(table, arguments):
+    """The columns right of the gap in which most cells are numbers, but other gaps and what plays another part."""
+    taken = {*arguments.hyperparameters, arguments.by, arguments.strata, arguments.seed_column, "run", "reached_target"}
     measures = []
-    for name in columns[columns.index(arguments.gap) + 1 :]:
-        with suppress(InputError):  # text
-            if name not in taken and not name.startswith("gap") and any(map(math.isfinite, numbers(rows, name))):
-                measures.append(name)
+    for name in table.columns[table.columns.get_loc(arguments.gap) + 1 :]:
+        cells = [statistics.number(cell) for cell in table[name]]
+        texts, numbers = cells.count(None), sum(cell is not None and not math.isnan(cell) for cell in cells)
+        if numbers == 0 or name in taken or name.startswith("gap"):
+            continue
+        if numbers > texts:
+            measures.append(name)
+        else:
+            print(f"{name} is taken for no measure: {texts} of its cells are text, {numbers} numbers")
     if not measures:
         raise InputError(f"--gap {arguments.gap}: no column of numbers to the right of it; name the measures with --measures")
     return measures
 
 
-def markdown(rows, axes, arguments):
-    """The statistics in the layout of Tables 1 and 5, sorted by tau, with intervals."""
-
-    def value(row, key, form="+.3f"):
-        return format(row[key], form) if math.isfinite(row[key]) else "-"
-
-    def p_value(row, key):
-        return "< 1e-15" if row[key] < 1e-15 else value(row, key, ".2g")
-
-    def with_interval(row, key):
-        sd = f" ± {row[f'{key}_sd']:.3f}" if row["seeds"] > 1 and f"{key}_sd" in row else ""
-        low, high = row[f"{key}_low"], row[f"{key}_high"]
-        return value(row, key) + sd + (f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "")
-
-    against_srr = ["tau(srr) - tau"] if "diff_srr" in rows[0] else []
-    header = ["measure", *axes, "Psi", "tau", *against_srr, "p", "p (Holm)", "K", "sign error, mean", "max", "models", "note"]
-    lines = [
-        [
-            row["measure"], *(value(row, f"psi_{axis}") for axis in axes), with_interval(row, "Psi"), with_interval(row, "tau"),
-            *(with_interval(row, "diff_srr") if row["measure"] != "srr" else "" for _ in against_srr),
-            p_value(row, "p_value"), p_value(row, "p_holm"), value(row, "K", ".3f"),
-            value(row, "sign_error_mean", ".3f"), value(row, "sign_error_max", ".2f"), row["models"], row["note"],
-        ]
-        for row in rows
-    ]  # fmt: skip
-    first, seeds = rows[0], max(row["seeds"] for row in rows)
-    p = f"{first['permutations']} permutations" if first["permutations"] else "normal limit of the permutation test"
-    over_seeds = f"; {seeds} seeds, mean ± standard deviation" if seeds > 1 else ""
-    return markdown_table(header, lines) + (
-        f"\nKendall's tau with `{arguments.gap}`; under each hyperparameter the granulated psi, Psi their mean. In brackets "
-        f"95 % intervals, {first['resamples']} bootstrap resamples of the models; p: {p}, two-sided{over_seeds}.\n"
-    )
+def without(table, left_out, reason):
+    """The table without the rows of the mask `left_out`, which are counted and named."""
+    names = table["run"] if "run" in table else "row " + table.index.astype(str).to_series(table.index)
+    if left_out.any():
+        print(f"{left_out.sum()} models left out, {reason}: {', '.join(names[left_out])}")
+    return table[~left_out].copy()
 
 
-def analyse(rows, axes, measures, seed_column, arguments, label):
-    """Everything that is written for one set of rows: statistics sorted by tau, and the rank correlations of the measures."""
-    from tqdm import tqdm
-
-    from crate.statistics import correlate, numbers, rank_correlations
-
-    statistics = correlate(
-        rows, axes, arguments.gap, measures, seed_column=seed_column, resamples=arguments.resamples, rng=arguments.seed,
-        validation_points=arguments.validation_points, accuracy_gap=arguments.accuracy_gap,
-        progress=lambda names: tqdm(names, desc=label, unit="measure", leave=False),
-    )  # fmt: skip
-    statistics.sort(key=lambda row: -row["tau"] if math.isfinite(row["tau"]) else math.inf)
-    finite = [row["measure"] for row in statistics if math.isfinite(row["tau"])]
-    if not finite:
-        raise InputError(f"{label}: no measure is finite for 3 models or more")
-    columns = {name: numbers(rows, name) for name in [arguments.gap, *finite]}
-    seeds = [row[seed_column] if seed_column else "" for row in rows]
-    return rows, axes, statistics, columns, rank_correlations(list(columns.values()), seeds)
+def read_losses(path, table):
+    """The validation losses (rows, images) of the table's runs, a DataFrame with the table's index."""
+    try:
+        with np.load(path) as file:
+            losses = pd.DataFrame(file["losses"].astype(float), file["run"].astype(str)).dropna()
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"--val-losses {path}: not an .npz file with arrays run (names) and losses (runs, images): {error}")
+    if losses.shape[1] < 2:
+        raise InputError(f"--val-losses {path}: losses of one image or none; expected (runs, images)")
+    if "run" not in table:
+        raise InputError("--val-losses: the table has no column run, which tells whose losses they are")
+    losses = losses[~losses.index.duplicated(keep=False) & np.isfinite(losses).all(axis=1)]
+    missing = table["run"][~table["run"].isin(losses.index)].tolist()
+    if missing:
+        raise InputError(f"--val-losses {path}: {len(missing)} runs of the table have no losses there, such as {missing[0]}")
+    return losses.loc[table["run"]].set_axis(table.index)
 
 
-def write(folder, rows, axes, statistics, columns, matrix, arguments):
-    from crate import figures
+def analyse(table, axes, measures, losses, arguments):
+    """Everything that is written for the rows of `table`, a dict; nothing is written yet."""
+    strata, noise = arguments.strata, None
+    if strata and table[strata].nunique() < 2:
+        strata = None
+    if strata and "srr" in measures and "baseline_type" not in table:
+        srr = table["srr"].where(np.isfinite(table["srr"]))
+        table = table.assign(baseline_type=srr.groupby(table[strata]).transform("mean"))
+        measures = [*measures, "baseline_type"]
+    if losses is not None:
+        losses = losses.loc[table.index].to_numpy()
+        noise = statistics.reliability(table[arguments.gap], losses, table[strata] if strata else None)
+    with flagged():
+        rows = statistics.correlate(
+            table, axes, arguments.gap, measures, seed_column=arguments.seed_column, strata=strata, val_losses=losses,
+            resamples=arguments.resamples, rng=arguments.seed,
+        )  # fmt: skip
+    if not any(math.isfinite(row["tau"]) for row in rows):
+        raise InputError("--measures: none is finite for 3 models or more")
+    rows.sort(key=lambda row: -row["tau"] if math.isfinite(row["tau"]) else math.inf)
+    return {"table": table, "axes": axes, "strata": strata, "rows": rows, "noise": noise}
 
-    output_folder(folder)
-    colour = arguments.colour
-    drawn = [row for row in statistics if math.isfinite(row["tau"])]
-    panels = {row["measure"]: (f"τ = {row['tau']:.2f}", columns[row["measure"]]) for row in drawn}
-    figures.scatter(
-        panels, columns[arguments.gap], [row[colour] if colour else "" for row in rows], folder / "scatter.png",
-        gap_name=arguments.gap, legend=colour,
-    )  # fmt: skip
-    gap_label = f"Kendall's τ with {arguments.gap}, 95 % interval"
-    lines = [(row["measure"], row["tau"], row["tau_low"], row["tau_high"]) for row in drawn]
-    figures.forest(lines, folder / "forest.png", label=gap_label, highlight=("srr",), limits=(-1.03, 1.03))
-    figures.rank_heatmap(list(columns), matrix, folder / "heatmap.png", label="Kendall's τ-b")
-    write_csv(folder / "correlation.csv", statistics)
-    write_text(folder / "correlation.md", markdown(statistics, axes, arguments))
-    best, count = statistics[0], statistics[0]["resamples"]
-    print(
-        f"{folder}: {len(rows)} models, {len(statistics)} measures, {count} resamples; highest tau: {best['measure']} "
-        f"{best['tau']:+.3f} [{best['tau_low']:+.2f}, {best['tau_high']:+.2f}]"
-    )
+
+def value(row, column, form="+.3f"):
+    """A number and its interval, as text."""
+    text = format(row[column], form) if math.isfinite(row[column]) else "-"
+    low, high = row.get(f"{column}_low", math.nan), row.get(f"{column}_high", math.nan)
+    return text + (f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "")
+
+
+def markdown(table, axes, strata, rows, gap):
+    """The statistics in the layout of Tables 1 and 5, with intervals, and what they are."""
+    columns = {f"psi_{axis}": axis for axis in axes} | {"Psi": "Psi", "tau": "tau"}
+    if strata:
+        columns |= {"tau_within": f"tau within {strata}", "tau_between": "tau between"}
+    forms = {"p_value": ".2g", "p_holm": ".2g", "K": ".3f", "sign_error_mean": ".3f"}
+    header = ["measure", *columns.values(), "p", "p (Holm)", "K", "sign error, mean", "models", "note"]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        numbers = [value(row, column) for column in columns] + [value(row, column, form) for column, form in forms.items()]
+        lines.append([row["measure"], *numbers, str(row["models"]), row["note"]])
+    text = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+    resamples, seeds = rows[0]["resamples"], max(row["seeds"] for row in rows)
+    notes = [f"Kendall's tau with `{gap}`; under each hyperparameter the granulated psi, Psi their mean."]
+    notes += [f"In brackets 95 % intervals, {resamples} bootstrap resamples of the models; p: as many permutations, two-sided."]
+    if seeds > 1:
+        notes += [f"All are means over {seeds} seeds."]
+    if strata:
+        levels = table[strata].nunique()
+        notes += [f"Intervals and p are about these {levels} levels of `{strata}`. For new ones the level is the unit, and no"]
+        notes += [f"permutation of {levels} levels gives a p below 1/{math.factorial(levels)}."]
+    for row in rows:
+        if "lead" in row:
+            notes += [f"tau of srr minus that of its closest rival, {row['lead_rival']}: {value(row, 'lead')}. The rival is"]
+            notes += [f"chosen anew in every resample; srr is above all rivals in {row['share_first']:.0%} of them."]
+    return text + "\n" + "\n".join(notes) + "\n"
+
+
+def csv_text(rows):
+    return pd.DataFrame(rows).to_csv(index=False, na_rep="nan", lineterminator="\n")
+
+
+def write(folder, result, arguments):
+    """Write and draw what `analyse` found, and say it in one line."""
+    from crate import figures  # both take a second to import
+    from crate.files import write_text
+
+    table, strata, rows, noise = (result[key] for key in ("table", "strata", "rows", "noise"))
+    gap, best = arguments.gap, rows[0]
+    write_text(folder / "correlation.csv", csv_text(rows))
+    write_text(folder / "correlation.md", markdown(table, result["axes"], strata, rows, gap))
+    line = f"{folder}: {len(table)} models, {len(rows)} measures, {best['resamples']} resamples; "
+    line += f"highest tau: {best['measure']} {value(best, 'tau')}"
+    if noise:
+        write_text(folder / "reliability.csv", csv_text({"run": table["run"], "gap": table[gap]} | noise))
+        line += f"; reliability of the gap {noise['reliability']:.3f}"
+    if noise and strata:
+        line += f", within {strata} {noise['reliability_within']:.3f}"
+    if best["note"]:
+        line += f"; {best['note']}"
+    print(line)
+
+    rows = [row for row in rows if math.isfinite(row["tau"])]
+    levels = table[strata].astype(str) if strata else pd.Series("", table.index)
+    panels = {row["measure"]: (f"τ = {row['tau']:.2f}", table[row["measure"]]) for row in rows}
+    figures.scatter(panels, table[gap], levels, folder / "scatter.png", gap_name=gap, legend=strata)
+    if "srr" in panels:
+        figures.srr_scatter(table["srr"], table[gap], levels, folder / "srr.png", gap_name=gap, legend=strata)
+
+    def lines(statistic):
+        return [(row["measure"], row[statistic], row[f"{statistic}_low"], row[f"{statistic}_high"]) for row in rows]
+
+    label = f"Kendall's τ with {gap}, 95 % interval"
+    figures.forest(lines("tau"), folder / "forest.png", label=label, highlight=("srr",), limits=(-1.03, 1.03))
+    if strata:
+        both = {"within": lines("tau_within"), "between": lines("tau_between")}
+        figures.within_between(both, folder / "within_between.png", label=label, limits=(-1.03, 1.03))
+
+
+def remove_earlier(out):
+    """Remove what an earlier correlate.py left in `out` and in its folders COLUMN=VALUE, and nothing else."""
+    for folder in (out, *(path.parent for path in out.glob("*=*/correlation.csv"))):
+        for name in FILES + EARLIER:
+            (folder / name).unlink(missing_ok=True)
+        if folder != out and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def main():
     arguments = parse_arguments()
-    rows = read_csv(arguments.table)
-    columns = list(rows[0])
-    check_columns(arguments, columns)
-
-    from crate.statistics import numbers
-
-    missed = [row for row in rows if is_false(row.get("reached_target", ""))]
-    rows = [row for row in rows if not is_false(row.get("reached_target", ""))]
-    if not rows:
+    table = read_table(arguments.table)
+    check_columns(arguments, list(table))
+    gap, by = arguments.gap, arguments.by
+    if "reached_target" in table:
+        missed = table["reached_target"].str.lower().isin(["false", "0"])
+        table = without(table, missed, "they did not reach the target")
+    if table.empty:
         raise InputError(f"{arguments.table}: reached_target is False in every row; rank statistics need 3 models or more")
-    say_left_out(missed, "they did not reach the target")
-    seed_column = arguments.seed_column or ("seed" if "seed" in columns and "seed" not in arguments.hyperparameters else None)
-    seed_column = None if seed_column == "none" else seed_column
-    gaps = numbers(rows, arguments.gap, "--gap", None)
-    say_left_out([row for row, gap in zip(rows, gaps) if not math.isfinite(gap)], "their gap is not finite")
-    measures = arguments.measures or default_measures(rows, columns, arguments, seed_column)
-    axes, by = [axis for axis in arguments.hyperparameters if axis != arguments.by], arguments.by
-    arguments.colour = arguments.colour or ("model" if "model" in axes else None)
-    levels = len({row[arguments.colour] for row in rows}) if arguments.colour else 1
-    if levels > MOST_COLOURS:
-        raise InputError(f"--colour {arguments.colour}: {levels} values; no more than {MOST_COLOURS} colours can be told apart")
+    for name in dict.fromkeys(filter(None, [*arguments.hyperparameters, by, arguments.strata])):
+        levels = pd.Series(statistics.levels(table[name]), table.index)
+        for level, texts in table[name].groupby(levels):
+            if len({statistics.number(text) for text in texts}) > 1:
+                print(f"{name}: {', '.join(texts.unique())} are taken for one level")
+        table[name] = levels
+    with flagged():
+        table[gap] = statistics.numbers(table, gap, "gap")
+    measures = arguments.measures or default_measures(table, arguments)
+    table = without(table, ~np.isfinite(table[gap]), "their gap is missing or not finite")
+    with flagged():
+        for name in measures:
+            table[name] = statistics.numbers(table, name)
+    if arguments.seed_column and table[arguments.seed_column].is_unique:
+        print(f"every run has a {arguments.seed_column} of its own: all pairs of models count")
+    losses = read_losses(arguments.val_losses, table) if arguments.val_losses else None
 
     # All is computed before anything is written, so that bad input leaves no half of a result.
     out, results = Path(arguments.out), {}
-    for value in dict.fromkeys(row[by] for row in rows) if by else ():
-        part = [row for row in rows if row[by] == value]
-        folder = f"{quote(by, safe='')}={quote(value, safe='')}"
+    axes = [axis for axis in arguments.hyperparameters if axis != by]
+    for level, part in table.groupby(by, sort=False) if by else ():
+        folder = f"{quote(by, safe='')}={quote(level, safe='')}"
         try:
-            results[out / folder] = analyse(part, axes, measures, seed_column, arguments, folder)
+            results[out / folder] = analyse(part, axes, measures, losses, arguments)
         except InputError as error:  # too few models, for one; what is wrong with all rows is refused below
             print(f"{folder}: left out: {error}")
-    results[out] = analyse(rows, axes + [by] * bool(by), measures, seed_column, arguments, "all models")
+    results[out] = analyse(table, [*axes, by] if by else axes, measures, losses, arguments)
     output_folder(out)
+    remove_earlier(out)
     for folder, result in results.items():
-        write(folder, *result, arguments)
+        output_folder(folder)
+        write(folder, result, arguments)
 
 
 if __name__ == "__main__":

@@ -1,192 +1,246 @@
-"""Every claim of the paper, the number that decides it on our data, and a verdict by rule.
-
-A claim is that a number is positive or negative. It *holds* where the number's whole 95 % interval is on the claimed side, is
-*contradicted* where it is on the other side, and *undecided* else, also where one seed alone leaves no interval. Intervals are
-t intervals over seeds, but for rank correlations, whose intervals come from resampling models (crate/statistics.py).
-"""
+"""Every claim of the paper, the number that decides it on our runs, and a verdict by rule (RULE). No torch."""
 
 import math
 
 import numpy as np
+from scipy.stats import ttest_1samp
 
-MAIN = ("crate-c", "crate-n", "crate-t", "crate")  # the model types of Sections 4.3, 5 and 6
+MAIN = ["crate-c", "crate-n", "crate-t", "crate"]  # the model types of Sections 4.3, 5 and 6
+ROUNDING = 1e-9  # what is nearer to 0 has no sign
+POINTS, NATS = (0.5, "points"), (0.01, "nats")  # margins: accuracies and rates within them count as equal
+RULE = """A claim is that a number is positive or negative. It *holds* where the number's whole 95 % interval is on the claimed
+side and is *contradicted* where it is on the other side. Else there is *no effect* where the whole 90 % interval lies within a
+margin (two one-sided tests): 0.5 points for SRR in the loss, 0.01 nats for rates at equal norm. What is left is *undecided*; an
+interval without width decides nothing: equal values of coarse accuracies are no certainty. A *finding* is a number about which
+the paper claims nothing. Intervals and p-values are those of the t test over seeds; rank correlations have bootstrap intervals
+over models and p-values of permutations (crate/statistics.py). p is two-sided and adjusted within each section (Holm).
+"""
+NORMS = {"after": ("", None), "after_equal_norm": (", at equal norm", NATS)}
 
 
 def verdict(low, high, side):
-    """Return "holds", "contradicted" or "undecided" for the interval of a number claimed to be > 0 (side +1) or < 0 (-1)."""
+    """What the 95 % interval says of a number that is claimed to be > 0 (side +1) or < 0 (-1)."""
     if side < 0:
         low, high = -high, -low
-    return "holds" if low > 0 else "contradicted" if high < 0 else "undecided"
+    if low > ROUNDING:
+        return "holds"
+    return "contradicted" if high < -ROUNDING else "undecided"
 
 
-def mean_interval(values):
-    """Mean of one value per seed, and its 95 % t interval; NaN bounds where there are fewer than two."""
-    from scipy.stats import ttest_1samp
-
+def mean_interval(values, confidence=0.95):
+    """The mean of one value per seed, and its t interval; NaN bounds where there are fewer than two values or all are equal."""
     values = np.asarray(values, float)
-    if len(values) < 2:
+    if len(values) == 0:
+        return math.nan, math.nan, math.nan
+    if np.ptp(values) <= ROUNDING * np.abs(values).max():
         return values.mean(), math.nan, math.nan
-    if np.ptp(values) == 0:
-        return (values[0],) * 3
-    bounds = ttest_1samp(values, 0).confidence_interval()
-    return values.mean(), bounds.low, bounds.high
+    return values.mean(), *ttest_1samp(values, 0).confidence_interval(confidence)
 
 
-def nested(rows, *columns):
-    """{value of the first column: {of the second: .. [values of the last column, in the order of the rows]}}."""
-    *outer, inner, last = columns
-    result = {}
-    for row in rows:
-        level = result
-        for column in outer:
-            level = level.setdefault(row[column], {})
-        level.setdefault(row[inner], []).append(row[last])
-    return result
+def claim(section, text, side, number, low, high, n, of, *, p_value=math.nan, note=""):
+    """A row of the claims table. side: +1, -1, or 0 for a finding; n, of: how many seeds or models; note: beside the number."""
+    if not high > low:
+        low = high = math.nan
+    row = {"section": section, "claim": text, "note": note, "claimed": {1: "> 0", -1: "< 0", 0: ""}[side], "number": number}
+    row |= {"low": low, "high": high, "n": n, "of": of, "p_value": p_value if side else math.nan}
+    return row | {"verdict": verdict(low, high, side) if side else "finding"}
 
 
-def claim(section, text, side, number, low, high, n, of, measure=""):
-    """A row of the claims table. measure: the one that decides, where the claim is about several."""
-    row = {"section": section, "claim": text, "measure": measure, "claimed": "> 0" if side > 0 else "< 0"}
-    return row | {"number": number, "low": low, "high": high, "n": n, "of": of, "verdict": verdict(low, high, side)}
-
-
-def over_seeds(section, claims):
-    """The rows of claims about means. claims: (text, side, [a value per seed]); one without values is left out."""
-    return [claim(section, text, side, *mean_interval(values), len(values), "seeds") for text, side, values in claims if values]
+def over_seeds(section, text, side, values, *, margin=None, note=""):
+    """The row of a claim about the mean of `values`, a Series with one per seed. margin: (size, unit) of what is no effect."""
+    values = values.dropna().to_numpy(float)
+    number, low, high = mean_interval(values)
+    p_value = ttest_1samp(values, 0).pvalue if math.isfinite(low) else math.nan
+    row = claim(section, text, side, number, low, high, len(values), "seeds", p_value=p_value, note=note)
+    if margin and row["verdict"] == "undecided":
+        _, low, high = mean_interval(values, 0.90)
+        if -margin[0] < low and high < margin[0]:
+            row["verdict"] = "no effect (within {:g} {})".format(*margin)
+    return row
 
 
 def attention_claims(rates):
-    """Section 4.1, from rows {rule, seed, layer, before, after, overflow} of the attention-only experiment."""
-    finite = [row | {"change": row["after"] - row["before"]} for row in rates if not row["overflow"]]
-    changes = nested(finite, "rule", "seed", "change")  # of R^c, [by layer]
-
-    def by_seed(number, rule):
-        return [number(by_layer) for by_layer in changes.get(rule, {}).values()]
-
-    first = by_seed(lambda by_layer: by_layer[0], "expansion")
-    return over_seeds("4.1", [
-        ("The exact gradient step (Eq. 6) lowers R^c at every layer: its largest change", -1, by_seed(max, "exact")),
-        ("The second-order expansion's step (Eq. 7) raises R^c: change at layer 1", +1, first),
-        ("CRATE-C's attention (Eq. 8) raises R^c at every layer: its smallest change", +1, by_seed(min, "softmax")),
-    ])  # fmt: skip
-
-
-def layer_claims(layers):
-    """Section 4.3, from rows {model, seed, epoch, layer, srr} of layer-wise SRR on training images."""
-    curves = nested(sorted(layers, key=lambda row: row["layer"]), "seed", "model", "epoch", "srr")  # [by layer]
-
-    def means(number, models=MAIN):  # over the model types, one per seed
-        chosen = [[number(by_model[m]) for m in models if m in by_model] for by_model in curves.values()]
-        return [np.mean(values) for values in chosen if values]
-
-    def turn(curve):  # the paper's layer 9 of 12
-        return curve[3 * len(curve) // 4 - 1]
-
-    def smallest_change(epochs):
-        return min(np.subtract(epochs[max(epochs)], epochs[0]))
-
-    falls = means(lambda epochs: turn(epochs[0]) - epochs[0][0])
-    rises = means(lambda epochs: epochs[0][-1] - turn(epochs[0]))
-    return over_seeds("4.3", [
-        ("At initialisation SRR falls over the first three quarters of the layers: its change", -1, falls),
-        ("At initialisation SRR rises over the last quarter of the layers: its change", +1, rises),
-        *((f"Training raises SRR at every layer, {model}: the smallest change over layers", +1, means(smallest_change, [model]))
-          for model in MAIN),
-    ])  # fmt: skip
+    """Section 4.1, from the rates.csv of the attention-only experiment."""
+    rows = []
+    for norm, (words, margin) in NORMS.items():
+        changes = rates.assign(change=rates[norm] - rates["before"]).dropna(subset="change")
+        for text, side, rule, number in (
+            ("The exact gradient step (Eq. 6) lowers R^c at every layer{}: its largest change", -1, "exact", "max"),
+            ("The expansion's step (Eq. 7) raises R^c{}: change at layer 1", +1, "expansion", "first"),
+            ("The expansion's second-order term raises R^c{}: change at layer 1", +1, "second-order", "first"),
+            ("CRATE-C's attention (Eq. 8) raises R^c at every layer{}: its smallest change", +1, "softmax", "min"),
+        ):
+            of_rule = changes[changes["rule"] == rule].sort_values("layer").groupby("seed")["change"]
+            rows.append(over_seeds("4.1", text.format(words), side, of_rule.agg(number), margin=margin))
+    return rows
 
 
-def operator_claims(operators):
-    """What compresses, from rows {model, seed, epoch, layer, point, rate_subspaces} at the last epoch (operator_rates)."""
-    last = max((row["epoch"] for row in operators), default=0)
-    trained = [row for row in operators if row["epoch"] == last]
-    rates = nested(trained, "model", "seed", "point", "rate_subspaces")  # [by layer]
-    attention, ista = ("input", "compressed"), ("normalised", "output")
+def initial_claims(layers, note):
+    """Section 4.3 at initialisation, from rows {seed, layer, srr} of the main types, over which the mean is taken."""
+    curves = layers.groupby(["seed", "layer"])["srr"].mean().unstack()  # (seeds, layers)
+    depth = max(curves)
+    first, turn, last = curves[1], curves[max(1, 3 * depth // 4)], curves[depth]
+    return [
+        over_seeds("4.3", f"At initialisation SRR {text}", side, values, note=note)
+        for text, side, values in (
+            ("falls over the first three quarters of the layers (9 of 12): change", -1, turn - first),
+            ("rises over the last quarter of the layers: change", +1, last - turn),
+            ("is optimised by the layers: change from the first to the last", -1, last - first),
+            ("turns at about layer 9 of 12: its lowest layer", 0, curves.idxmin(axis=1)),
+        )
+    ]
 
-    def change(model, before, after):
-        return [np.mean(np.subtract(points[after], points[before])) for points in rates.get(model, {}).values()]
 
-    return over_seeds("4.3", [
-        (f"Trained {model}{text}, mean over layers", side, change(model, *step))
-        for text, side, step, models in (
-            (": the attention step raises R^c", +1, attention, ("crate-c", "crate-t", "crate")),
-            (": its negated step lowers R^c", -1, attention, ("crate-n",)),
-            (": ISTA with its ReLU lowers R^c (conjecture)", -1, ista, MAIN),
-            (", beyond the paper: its exact step lowers R^c", -1, attention, ("crate-e",)),
+def course_claims(layers, which):
+    """Section 4.3 along training, from rows {model, seed, epoch, layer, srr}: SRR rises from any logged epoch to the next."""
+    rows = []
+    for model in MAIN:
+        own, but = layers[layers["model"] == model], ""
+        if model == "crate-c":  # the paper excepts its last few layers
+            own, but = own[own["layer"] <= 3 * own["layer"].max() / 4], " but the last quarter"
+        steps = own.pivot(index=["seed", "layer"], columns="epoch", values="srr").diff(axis=1).iloc[:, 1:]
+        text = f"Training raises SRR at every layer{but}, from each logged epoch to the next, {model}{which}: smallest change"
+        note = f"{(steps > 0).to_numpy().mean():.0%} of {steps.size} steps rise" if steps.size else ""
+        rows.append(over_seeds("4.3", text, +1, steps.min(axis=1).groupby("seed").min(), note=note))
+    return rows
+
+
+def operator_changes(operators):
+    """What each operator changes in R^c, mean over layers: columns `after` (raw) and `after_equal_norm`, index (model,
+    point, seed). An operator is named by the point behind it (crate.srr.operator_rates).
+
+    operators: rows {model, seed, layer, point, ..} of one epoch, the points in the order in which tokens pass them.
+    """
+    before = operators.groupby(["model", "seed", "layer"])["rate_subspaces"].shift()
+    rates = operators[["rate_subspaces", "rate_subspaces_equal_norm"]].set_axis([*NORMS], axis=1)
+    changes = operators[["model", "point", "seed"]].join(rates.sub(before, axis=0)).dropna()
+    return changes.groupby(["model", "point", "seed"]).mean()
+
+
+def operator_claims(changes, which):
+    """What compresses in trained models (Section 4.3), from `operator_changes`."""
+    return [
+        over_seeds("4.3", f"Trained {model}: {text}{words}{which}", side, changes.loc[changes.index.isin([model], 0)
+                   & changes.index.isin([point], 1), norm], margin=margin)
+        for text, side, point, models in (
+            ("the attention step raises R^c, mean over layers", +1, "compressed", ("crate-c", "crate-t", "crate")),
+            ("its negated step lowers R^c, mean over layers", -1, "compressed", ("crate-n",)),
+            ("ISTA with its ReLU lowers R^c (conjecture), mean over layers", -1, "output", MAIN),
+            ("beyond the paper, its exact step lowers R^c, mean over layers", -1, "compressed", ("crate-e",)),
         )
         for model in models
-    ])  # fmt: skip
+        for norm, (words, margin) in NORMS.items()
+    ]  # fmt: skip
 
 
-def deciding(rows, key, side):
-    """The row that decides a claim about all rows: of those with the worst verdict on `key`, the one with the worst number."""
-
-    def rank(row):
-        of_row = verdict(row[f"{key}_low"], row[f"{key}_high"], side)
-        return ("contradicted", "undecided", "holds").index(of_row), side * row[key]
-
-    return min(rows, key=rank)
-
-
-def correlation_claims(rows, which, first):
-    """Section 5, from the rows of one correlation.csv, as numbers. `first`: the smaller width, the paper's Table 1."""
-    by_name = {row["measure"]: row for row in rows}
-    if "srr" not in by_name:
-        return []
-    rivals = [name for name in by_name if not name.startswith("srr")]
-    norms = [f"log_{what}_of_{norm}" for what in ("prod", "sum") for norm in ("fro", "spec")]
-    claims = [  # text; side; number; measures that the claim is about
-        ("SRR correlates with the gap: tau", +1, "tau", ["srr"]),
-        ("SRR has the highest tau: tau minus that of its closest rival", +1, "diff_srr", rivals),
-    ]
-    if first:
-        claims += [
-            ("SRR wins on the model-type axis: psi minus that of its closest rival", +1, "diff_srr_psi_model", rivals),
-            ("Products and sums of norms all correlate negatively: tau", -1, "tau", norms),
-            ("Path-norm correlates negatively: tau", -1, "tau", ["path_norm"]),
-            ("1/margin correlates positively: tau", +1, "tau", ["inverse_margin"]),
-            ("PAC-Bayes flatness correlates positively: tau", +1, "tau", ["pacbayes_flatness"]),
-        ]
-    else:
-        below = "SRR is below PAC-Bayes flatness on the {} axis: difference of psi"
-        claims += [(below.format(axis), -1, f"diff_srr_psi_{axis}", ["pacbayes_flatness"]) for axis in ("dropout", "model")]
-    table = []
-    for text, side, key, names in claims:
-        own = [by_name[name] for name in names if name in by_name and math.isfinite(by_name[name].get(key, math.nan))]
-        if own:
-            row, models = deciding(own, key, side), int(by_name["srr"]["models"])
-            values = row[key], row[f"{key}_low"], row[f"{key}_high"], models, "models"
-            table.append(claim("5", f"{text}, {which}", side, *values, row["measure"] if len(names) > 1 else ""))
-    return table
+SRR, FLATNESS = ["srr"], ["pacbayes_flatness"]
+NORM_MEASURES = [f"log_{what}_of_{norm}" for what in ("prod", "sum") for norm in ("fro", "spec")]
+# Claims about rank correlations (Section 5): text, side, column of correlation.csv, that of its p-value, measures.
+OF_A_WIDTH = [
+    ("SRR correlates with the gap, {}: tau", +1, "tau", "p_value", SRR),
+    ("SRR ranks between implementations, {}: tau", +1, "tau_between", "", SRR),
+    ("SRR ranks within an implementation, {}: tau", +1, "tau_within", "p_within", SRR),
+    ("SRR has the highest tau, {}: its lead over the closest rival", +1, "lead", "", SRR),
+]
+OF_THE_SMALLER_WIDTH = [(text.format("smaller width"), *number) for text, *number in OF_A_WIDTH] + [
+    ("SRR wins on the axis of model types, smaller width: its lead in psi", +1, "lead_psi_model", "", SRR),
+    ("Products and sums of norms all correlate negatively, smaller width: tau", -1, "tau", "p_value", NORM_MEASURES),
+    ("Path-norm correlates negatively, smaller width: tau", -1, "tau", "p_value", ["path_norm"]),
+    ("1/margin correlates positively, smaller width: tau", +1, "tau", "p_value", ["inverse_margin"]),
+    ("PAC-Bayes flatness correlates positively, smaller width: tau", +1, "tau", "p_value", FLATNESS),
+]
+OF_THE_LARGER_WIDTH = [(text.format("larger width"), *number) for text, *number in OF_A_WIDTH] + [
+    ("SRR is below PAC-Bayes flatness on dropout, larger width: difference of psi", -1, "diff_srr_psi_dropout", "", FLATNESS),
+    ("SRR is below PAC-Bayes flatness on model types, larger width: difference of psi", -1, "diff_srr_psi_model", "", FLATNESS),
+]
+ACROSS_WIDTHS = [("Beyond the paper, SRR across widths: tau", 0, "tau", "", SRR)]
+OF_THE_STUDY = [("Beyond the paper, the study: SRR ranks within types, tau", +1, "tau_within", "p_within", SRR)]
 
 
-def regularisation_claims(accuracy):
-    """Section 6. accuracy(model, layer=None, among_layers=False) -> {seed: validation accuracy in %}.
+def rank_claims(table, note, claims):
+    """Section 5, from a correlation.csv. claims: one of the lists above; those whose number the table lacks are left out.
 
-    Without SRR where `layer` is None, else with it on that layer, at the eta chosen for the model or that of Table 6.
+    Of several measures the one with the worst verdict decides, of several such the one with the worst number.
     """
+    rows = []
+    for text, side, column, p_column, measures in claims:
 
-    C, N, T, learned, exact = (accuracy(model) for model in (*MAIN, "crate-e"))
-    claims = {  # {text: terms (factor, {seed: accuracy}), whose sum is claimed to be positive}
-        f"SRR of the last layer in the loss helps {model}: gain in points": [(1, accuracy(model, "last")), (-1, plain)]
-        for model, plain in zip(MAIN, (C, N, T, learned))
-    } | {
-        "CRATE-N beats CRATE-C: difference in points": [(1, N), (-1, C)],
-        "CRATE-T is nearer to CRATE than to CRATE-C: (T - C) - (CRATE - T) in points": [(2, T), (-1, C), (-1, learned)],
-        "crate-e, beyond the paper, whose step is the exact gradient, beats CRATE-C: in points": [(1, exact), (-1, C)],
-    }  # fmt: skip
-    layers = (accuracy("crate-c", layer, among_layers=True) for layer in [*map(str, range(1, 100)), "last"])
-    fixed, random = [values for values in layers if values], accuracy("crate-c", "random", among_layers=True)
+        def rank(row):
+            said = verdict(row[f"{column}_low"], row[f"{column}_high"], side)
+            return ("contradicted", "undecided", "holds").index(said), side * row[column]
 
-    def mean(choices, sign=1):
-        return [(sign / len(choices), values) for values in choices]
+        own = table[table["measure"].isin(measures)].dropna(subset=column) if column in table else table[:0]
+        for row in sorted(own.to_dict("records"), key=rank)[:1]:
+            about = [note] + [row["measure"]] * (len(measures) > 1)
+            if column == "lead":
+                about.append(f"rival {row['lead_rival']}, first in {row['share_first']:.0%} of resamples")
+            number, p_value = (
+                (row[column], row[f"{column}_low"], row[f"{column}_high"]),
+                row[p_column] if p_column else math.nan,
+            )
+            rows.append(claim("5", text, side, *number, int(row["models"]), "models", p_value=p_value, note=", ".join(about)))
+    return rows
 
-    if len(fixed) > 1 and random:
-        claims["A fixed layer is better than a random one: mean over layers minus random"] = [*mean(fixed), (-1, random)]
-        shallow, deep = mean(fixed[: len(fixed) // 2]), mean(fixed[len(fixed) // 2 :], -1)
-        claims["Shallower layers gain more: first half of the layers minus second half"] = shallow + deep
 
-    def by_seed(terms):
-        seeds = set.intersection(*(set(values) for _, values in terms))
-        return [sum(factor * values[seed] for factor, values in terms) for seed in sorted(seeds)]
+def slopes(runs):
+    """The least-squares slope of the gap over SRR, along eta: a Series (model, seed). runs: {model, seed, srr, gap}."""
+    covariance = runs.groupby(["model", "seed"])[["srr", "gap"]].cov().unstack()
+    return covariance["srr", "gap"] / covariance["srr", "srr"]
 
-    return over_seeds("6", [(text, +1, by_seed(terms)) for text, terms in claims.items()])
+
+def intervention_claims(runs):
+    """Does the gap follow SRR where eta alone differs? From rows {model, srr_reg, seed, srr, gap}."""
+    rows = []
+    for model, own in runs.groupby("model"):
+        srr = own.pivot(index="seed", columns="srr_reg", values="srr")
+        text, moved = f"Beyond the paper, intervention on {model}: ", srr[max(srr)] - srr[min(srr)]
+        rows.append(over_seeds("5", text + "SRR in the loss lowers SRR, largest eta minus smallest", -1, moved))
+        rows.append(over_seeds("5", text + "the gap follows SRR, its slope over SRR along eta", +1, slopes(own)))
+    return rows
+
+
+def gain_claims(gains, which):
+    """Does SRR in the loss help (Table 2)? gains: points of accuracy that it adds, index (model, seed), a column per eta."""
+    text = "SRR of the last layer in the loss helps {}, eta = {:g}{}: points"
+    return [
+        over_seeds("6", text.format(model, eta, which), +1, values[model], margin=POINTS)
+        for eta, values in gains.items()
+        for model in MAIN
+        if model in values.index
+    ]
+
+
+def model_claims(plain, which):
+    """Section 6 on models without SRR in the loss. plain: accuracies in %, a row per seed, a column per model type."""
+    plain = plain.reindex(columns=[*MAIN, "crate-fix", "crate-identity", "crate-e"])
+    C, N, T, W, fix, identity, exact = (plain[model] for model in plain)
+    best = "The transpose is the best fixed output matrix, T - "
+    differences = {
+        "CRATE-N beats CRATE-C": N - C,
+        "CRATE-N falls behind CRATE-T, T - N": T - N,
+        "CRATE-T is nearer to CRATE than to CRATE-C, (T - C) - (CRATE - T)": 2 * T - C - W,
+        best + "C": T - C,
+        best + "Fix": T - fix,
+        best + "Identity": T - identity,
+        "Beyond the paper, crate-e, whose step is the exact gradient, beats CRATE-C": exact - C,
+    }
+    return [over_seeds("6", f"{text}{which}: points", +1, values) for text, values in differences.items()]
+
+
+def in_depth(layers):
+    """Values of --srr-layer in order: 1, 2, .. 10, .. all, last, random."""
+    return sorted(layers, key=lambda layer: (not layer.isdecimal(), layer.zfill(4)))
+
+
+def layer_choice_claims(by_layer):
+    """Which layer's SRR (Table 6)? by_layer: accuracies in %, index (--srr-layer, seed), a column per eta."""
+    rows, fixed = [], [layer for layer in in_depth(by_layer.index.unique(0)) if layer not in ("all", "random")]
+    for eta, values in by_layer.items() if len(fixed) > 1 else ():
+        half, layers = len(fixed) // 2, values.unstack(0).reindex(columns=[*fixed, "random"])
+        every, shallow, deep = (layers[part].mean(axis=1, skipna=False) for part in (fixed, fixed[:half], fixed[-half:]))
+        for text, difference in (
+            ("A fixed layer is better than a random one: mean over layers minus random, points", every - layers["random"]),
+            ("Shallower layers gain more: first half of the layers minus second half, points", shallow - deep),
+        ):
+            rows.append(over_seeds("6", text, +1, difference, note=f"eta = {eta:g}"))
+    return rows

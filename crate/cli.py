@@ -1,25 +1,22 @@
-"""What the scripts share: one-line errors with exit code 2, signals, checked numbers, output folders.
-
-Imports no torch, so that `--help` and every complaint about a flag answer at once.
-"""
+"""What the scripts share: errors in one line with exit code 2, checked numbers, output folders, several processes at once."""
 
 import argparse
 import errno
 import math
 import os
 import signal
+import subprocess
 import sys
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the message is one line that says what, and what would be right."""
+    """Something the user gave is wrong. The message is one line: what is wrong, and what would be right."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, and whose help shows the script's docstring as it is written."""
+    """An argument parser whose errors are one line, and whose help begins with the script's docstring."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -28,68 +25,51 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def cores():
-    """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-class Interrupted(KeyboardInterrupt):
-    """A SIGINT or SIGTERM, `signal`, that came at a moment where nothing was lost by it."""
-
-    def __init__(self, number):
-        super().__init__(number)
-        self.signal = signal.Signals(number)
-
-
-def _interrupt(number, frame):
-    raise Interrupted(number)
-
-
-@contextmanager
-def deferred_signals():
-    """Hold back SIGINT and SIGTERM: yields the list of those that came, and raises Interrupted at the end if there are any."""
-    received = []
-    # No other thread than the main one may set a handler.
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    previous = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if received:
-        raise Interrupted(received[0])
-
-
 def one_line(error, path=""):
-    """An exception or a message, in one line that names `path`; that of a failed file operation names the file."""
+    """An exception or a message in one line that names `path`; a failed file operation names its file."""
     if isinstance(error, OSError) and error.filename is not None:
         error = f"{error.filename}: {error.strerror}"
     line = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
-    return line if str(path) in line else f"{path}: {line}"
+    if str(path) in line:
+        return line
+    return f"{path}: {line}"
+
+
+def _terminated(number, frame):
+    raise KeyboardInterrupt(number)
 
 
 def run(main):
-    """Call `main()` and exit: with code 2 and one line on stderr for an InputError or a failed file operation, with 130 or
-    143 and a line for SIGINT or SIGTERM."""
-    name = Path(sys.argv[0]).name
-    # Of SIGINT too: a shell script starts what it puts into the background with SIGINT ignored.
-    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Call `main()` and exit with the code that it returns.
+
+    InputError, failed file operations and lack of memory become one line on stderr and code 2, SIGINT and SIGTERM a line and
+    code 130 or 143.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone
+    # SIGINT too: a shell script starts what it puts into the background with SIGINT ignored.
+    previous = {number: signal.signal(number, _terminated) for number in (signal.SIGINT, signal.SIGTERM)}
+    code, message = 0, None
     try:
-        code, message = main(), None
+        code = main()
     except BrokenPipeError:  # `train.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code, message = 128 + signal.SIGPIPE, None
-    except (InputError, OSError) as error:
-        code, message = 2, f"error: {one_line(error)}"
-    except KeyboardInterrupt as error:
-        number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
+        code = 128 + signal.SIGPIPE
+    except KeyboardInterrupt as interrupt:
+        number = signal.Signals(interrupt.args[0] if interrupt.args else signal.SIGINT)
         code, message = 128 + number, f"stopped by {number.name}; run the same command again to go on"
+    except (InputError, OSError, MemoryError) as error:
+        code, message = 2, f"error: {one_line(error)}"
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        code, message = 2, f"error: {one_line(error)}"
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if message:
-        sys.stderr.write(f"{name}: {message}\n")  # in one piece, where several processes write
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {message}\n")  # in one piece, where several processes write
     sys.exit(code)
 
 
@@ -110,13 +90,56 @@ def number(kind, low=-math.inf, high=math.inf, *, above=-math.inf, below=math.in
     return parse
 
 
-def output_folder(path, flag="--out"):
-    """Create the folder `path` if need be and return it as a Path. Raises InputError where it can't be written."""
-    path = Path(path)
+def path(text):
+    """An argparse `type`: a path, `~` included, which the shell leaves alone in --out=~/runs."""
+    return Path(text).expanduser()
+
+
+def output_folder(folder, flag="--out"):
+    """Create `folder` if need be and return it as a Path. Raises InputError where it can't be written."""
+    folder = Path(folder).expanduser()
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK | os.X_OK):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "no permission to write")
     except OSError as error:
-        raise InputError(f"{flag} {path}: {error.strerror}; name a folder that can be written")
-    return path
+        raise InputError(f"{flag} {folder}: {error.strerror}; name a folder that can be written")
+    return folder
+
+
+def cores():
+    """How many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def threads_of(jobs):
+    """How many threads each of `jobs` processes takes: OMP_NUM_THREADS where it is set, else its share of the cores."""
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
+
+
+@contextmanager
+def copies(jobs, gpus):
+    """Start this script's command jobs - 1 more times, and wait for these processes at the end of the block.
+
+    The runs' locks divide the work between them. gpus: how many GPUs to spread them and this process over, 0 for none.
+    Yields a list of their exit codes, which is filled at the end of the block.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    processes, codes = [], []
+    for job in range(1, jobs):
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads_of(jobs)), "TQDM_DISABLE": "1"}
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = visible[job % gpus]
+        processes.append(subprocess.Popen([sys.executable, *sys.argv, "--jobs", "1"], env=environment))
+    if gpus and jobs > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
+    try:
+        yield codes
+        codes += [process.wait() for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()

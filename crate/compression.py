@@ -8,15 +8,14 @@ from functools import partial
 
 import torch
 
-from crate.cli import InputError
-from crate.layers import subspace_attention
-from crate.rates import exact_gradient, expansion_gradient, merge_heads, split_heads, subspace_coding_rate
+from crate.kernels import self_attention
+from crate.rates import at_norm_of, exact_gradient, expansion_gradient, merge_heads, split_heads, subspace_coding_rate
 
 
 def mssa(tokens, U, heads, gamma):
     """MSSA(Z; U) = sum_k U_k V_k softmax(V_k^T V_k), V_k = U_k^T Z (Eq. 4), times gamma^2: (N, d)."""
     V = split_heads(tokens @ U, heads)
-    return gamma**2 * merge_heads(subspace_attention(V)) @ U.mT
+    return gamma**2 * merge_heads(self_attention(V)) @ U.mT
 
 
 # name: (the update's panel and equation, the descent direction g of Z - alpha g)
@@ -38,22 +37,29 @@ def random_orthonormal(d, generator, dtype):
 def compress(rule, seed, *, tokens, depth, width, heads, alpha=1.0, gamma=1.0, scale=1.0, dtype=torch.float64):
     """Run `depth` steps of `rule` on Gaussian tokens of standard deviation `scale`: R^c, in nats, around each step.
 
-    Returns rows {"rule", "seed", "layer" (from 1), "before", "after", "overflow"}. Numbers that overflow `dtype` are None,
-    and end the run: its last row has "overflow" True. All rules see the same Z^0 and U for one seed.
-    Raises InputError where heads don't divide the width.
+    Returns rows {"rule", "seed", "layer" (from 1), "before", "after", "after_equal_norm", "overflow"}. "after_equal_norm" is
+    R^c once the tokens are scaled back to the Frobenius norm that they had before the step, None where none are left. Numbers
+    that overflow `dtype` are None, and end the run: its last row has "overflow" True. All rules see the same Z^0 and U for one
+    seed.
+    Raises ValueError where heads don't divide the width.
     """
     if width % heads:
-        raise InputError(f"--width {width} is not divisible by --heads {heads}")
+        raise ValueError(f"width {width} is not divisible by heads {heads}")
     generator = torch.Generator().manual_seed(seed)
     _, direction = RULES[rule]
     rows, Z = [], scale * torch.randn(tokens, width, generator=generator, dtype=dtype)
     for layer in range(1, depth + 1):
         U = random_orthonormal(width, generator, dtype)
-        rows.append({"rule": rule, "seed": seed, "layer": layer, "before": None, "after": None, "overflow": True})
+        row = {"before": None, "after": None, "after_equal_norm": None, "overflow": True}
+        rows.append({"rule": rule, "seed": seed, "layer": layer} | row)
         try:
             rows[-1]["before"] = subspace_coding_rate(Z, U, heads, gamma).item()
-            Z = Z - alpha * direction(Z, U, heads, gamma)
-            rows[-1] |= {"after": subspace_coding_rate(Z, U, heads, gamma).item(), "overflow": False}
+            moved = Z - alpha * direction(Z, U, heads, gamma)
+            rows[-1]["after"] = subspace_coding_rate(moved, U, heads, gamma).item()
+            if moved.norm() > 1e4 * torch.finfo(dtype).eps * Z.norm():  # else what is left is rounding: no arrangement to rate
+                rows[-1]["after_equal_norm"] = subspace_coding_rate(at_norm_of(moved, Z), U, heads, gamma).item()
+            rows[-1]["overflow"] = False
         except ValueError:  # a Gram matrix has overflowed
             break
+        Z = moved
     return rows

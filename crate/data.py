@@ -1,141 +1,273 @@
-"""Data sets: the shipped digits, Fashion-MNIST, CIFAR-10 and CIFAR-100, as tensors on the device, and their batches.
+"""Data sets as bytes on the device, and the batches of an epoch, augmented as in Section 6 where that is asked for.
 
-Images are (C, H, W), normalised by the training set's mean and standard deviation per channel. The order of an epoch's
-examples, and what augmentation makes of them, are functions of (seed, epoch) alone.
+The order of an epoch and its augmentation depend on (seed, epoch) alone. torchvision is imported where it is needed: that takes
+longer than to load the digits.
 """
 
-import functools
 import gzip
 import hashlib
 import io
-import os
-import signal
-import sys
-import tarfile
-import threading
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
+from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
-from crate.cli import InputError, cores
-from crate.config import DATASETS
-from crate.distributed import RANK, WORLD
+from crate.augmentation import crop_and_flip, draw_augmentation, rand_augment
+from crate.cli import InputError
 
 DIGITS = Path(__file__).with_name("digits.npz")
 DIGITS_SHA256 = "5fe13e34b3dd716db1281d456700d350f8628ee754b9c493869f197171b85f4b"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts its files
-FASHION_FILES = tuple(
-    f"{name}-ubyte.gz" for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-)
-FILES = {  # that a data set is read from, for the message that they are missing
-    "digits": DIGITS,
-    "fashion-mnist": ", ".join(FASHION_FILES),
-    "cifar10": "cifar-10-batches-py/ (batches.meta, data_batch_1 to 5, test_batch)",
-    "cifar100": "cifar-100-python/ (meta, train, test)",
-}
+FASHION_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+CLASS_FOLDERS = "FOLDER/train/CLASS/* and FOLDER/test/CLASS/* (or val, valid)"
 ORDER, AUGMENTATION, DROPOUT = range(3)  # what a seed is for
+VALUES_AT_ONCE = 2**22  # that are augmented together, 1,365 images of 3 x 32 x 32: more fit no cache, fewer cost more calls
 
 
 @dataclass
 class Data:
-    """A training and a validation set on one device: normalised images (n, C, H, W) float32, labels (n,) int64."""
+    """A training and a validation set on one device: images are bytes, (n, C, H, W), labels int64, (n,)."""
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
     val_images: torch.Tensor
     val_labels: torch.Tensor
-    raw_train_images: torch.Tensor  # (n, C, H, W) uint8 on the CPU, for augmentation
     mean: torch.Tensor  # (C, 1, 1), of the training images as values from 0 to 1
     std: torch.Tensor
     image_size: int  # that the model sees
+    classes: int
 
-    def normalise(self, images):
-        """Images of bytes -> standardised per channel, float32."""
-        return (images.float() / 255 - self.mean) / self.std
-
-    def resize(self, images):
-        """(n, C, H, W) -> (n, C, image_size, image_size); a larger image size would fill the memory if done at once."""
+    def prepare(self, images):
+        """Bytes (n, C, H, W) -> float32 (n, C, image_size, image_size), standardised per channel."""
+        images = (images.float() / 255 - self.mean) / self.std
         if images.shape[-1] == self.image_size:
             return images
         return F.interpolate(images, self.image_size, mode="bilinear", antialias=True)
 
 
-def mixed_seed(*numbers):
-    """One 63-bit seed out of several whole numbers, the same on every machine; nearby numbers give unrelated seeds.
-
-    The first number says what the seed is for: ORDER, AUGMENTATION or DROPOUT.
-    """
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+def _reason(error):
+    return " ".join((getattr(error, "strerror", None) or str(error)).split()) or type(error).__name__
 
 
 def _digits(data_dir):
+    """500 images to train on, 50 a class, and 1,297 to validate on: with the shipped 360 the gap would be mostly noise."""
     content = DIGITS.read_bytes()
     if hashlib.sha256(content).hexdigest() != DIGITS_SHA256:
         raise InputError(f"{DIGITS}: its checksum is wrong; restore it with `git checkout crate/digits.npz`")
     arrays = np.load(io.BytesIO(content))
-    train, val = (arrays[f"{part}_images"].astype(int) * 255 // 16 for part in ("train", "val"))  # shipped as 0 to 16
-    return [train, arrays["train_labels"], val, arrays["val_labels"]]
+    images, labels = (np.concatenate([arrays[f"{part}_{kind}"] for part in ("train", "val")]) for kind in ("images", "labels"))
+    images = (images[:, None].astype(int) * 255 // 16).astype(np.uint8)  # shipped as 0 to 16
+    order = np.random.default_rng(0).permutation(len(arrays["train_labels"]))
+    train = np.sort(np.concatenate([order[labels[order] == c][:50] for c in range(10)]))
+    val = np.setdiff1d(np.arange(len(labels)), train)
+    return images[train], labels[train], images[val], labels[val]
 
 
 def _fashion_mnist(data_dir):
-    folders = [data_dir, data_dir / "fashion-mnist", data_dir / "FashionMNIST" / "raw", DEBIAN]
-    folder = next((f for f in folders if all((f / name).is_file() for name in FASHION_FILES)), None)
-    if folder is None:
+    """From the four files, gzipped or not, wherever they are left; else torchvision downloads them."""
+    raw = data_dir / "FashionMNIST" / "raw"  # where torchvision puts them
+    folders = (raw, raw.parent, data_dir, data_dir / "raw", data_dir / "fashion-mnist", DEBIAN)
+    choices = [[folder / f"{file}{end}" for folder in folders for end in ("", ".gz")] for file in FASHION_FILES]
+    found = [next(filter(Path.is_file, paths), None) for paths in choices]
+    if None in found:
         from torchvision.datasets import FashionMNIST
 
-        FashionMNIST(data_dir, download=True)
-        folder = folders[2]
-    return [_idx(folder / name) for name in FASHION_FILES]
+        missing = ", ".join(f"{file}.gz" for file, path in zip(FASHION_FILES, found) if path is None)
+        _torchvision("fashion-mnist", FashionMNIST, data_dir, there=filter(None, found), needed=missing)
+        found = [raw / file for file in FASHION_FILES]
+    images, labels, val_images, val_labels = map(_idx, found)
+    return images[:, None], labels, val_images[:, None], val_labels
 
 
 def _idx(path):
-    """The array in a gzipped IDX file: two zero bytes, type 8 (uint8), the number of axes, each axis' length, the values."""
+    """The array in an IDX file, gzipped or not: two zero bytes, 8 for bytes, the number of axes, their lengths, the values."""
     try:
-        content = gzip.decompress(path.read_bytes())
-        axes = content[3]
-        shape = np.frombuffer(content, ">i4", axes, offset=4)
-        if content[:3] != b"\0\0\x08":
-            raise ValueError
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
-    except (OSError, EOFError, IndexError, ValueError, zlib.error):
-        raise InputError(f"{path}: not a gzipped IDX file of bytes; delete it, and it is downloaded again")
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        axes = 3 if "images" in path.name else 1
+        if content[:4] != bytes((0, 0, 8, axes)):
+            raise ValueError(f"no IDX file of bytes with {axes} axes")
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(np.frombuffer(content, ">i4", axes, offset=4))
+    except (EOFError, OSError, ValueError, zlib.error) as error:
+        raise InputError(f"{path}: damaged ({_reason(error)}); delete it, and it is downloaded again") from error
 
 
-def _cifar(kind, data_dir):
+def _cifar(name, data_dir):
+    """From class folders in data_dir/NAME; else torchvision reads, and if need be downloads, the original."""
+    folder, (_, _, classes, _, files) = data_dir / name, DATASETS[name]
+    if (folder / "train").is_dir():
+        arrays = read_class_folders(folder)
+        if (found := arrays[1].max() + 1) != classes:
+            raise InputError(f"{folder}: {found} classes; {name} has {classes}")
+        return arrays
     from torchvision import datasets
 
-    parts = [getattr(datasets, kind)(data_dir, train, download=True) for train in (True, False)]
-    return [array for part in parts for array in (part.data.transpose(0, 3, 1, 2), np.array(part.targets))]
+    kind = getattr(datasets, name.upper())
+    parts = _torchvision(name, kind, data_dir, there=[data_dir / kind.filename, data_dir / kind.base_folder], needed=files)
+    return [array for part in parts for array in (part.data.transpose(0, 3, 1, 2), part.targets)]
 
 
-# name: function of the folder that returns training images, training labels, validation images, validation labels
-LOADERS = {"digits": _digits, "fashion-mnist": _fashion_mnist}
-LOADERS |= {name: functools.partial(_cifar, name.upper()) for name in ("cifar10", "cifar100")}
+def _torchvision(name, kind, data_dir, there, needed):
+    """Both parts of a class of torchvision.datasets, downloaded where it isn't in `data_dir`.
+
+    Raises InputError where it can't be downloaded or read: of which of the paths `there` exists, and which files are `needed`.
+    """
+    try:
+        return [kind(data_dir, train, download=True) for train in (True, False)]
+    except Exception as error:  # no network, or what tarfile, gzip and pickle make of a damaged file: nearly anything
+        why = f"({_reason(error)}); it needs {needed}"
+        for path in filter(Path.exists, there):
+            raise InputError(f"{path}: damaged, or not all of {name} is there {why}") from error
+        raise InputError(f"--data-dir {data_dir}: {name} is not there {why}; --dataset digits needs nothing") from error
 
 
-@functools.lru_cache(1)  # the runs of a grid share it
+class DataSet(NamedTuple):
+    """What is known of a data set before it is read."""
+
+    image_size: int
+    channels: int
+    classes: int
+    load: Callable  # of data_dir: training images (n, C, H, W) uint8, their labels (n,), validation images, their labels
+    files: str  # that it is read from, for the message that they are missing
+
+
+DATASETS = {
+    "digits": DataSet(8, 1, 10, _digits, DIGITS.name),
+    "fashion-mnist": DataSet(28, 1, 10, _fashion_mnist, ", ".join(f"{file}.gz" for file in FASHION_FILES)),
+    "cifar10": DataSet(
+        32, 3, 10, partial(_cifar, "cifar10"), "cifar-10-python.tar.gz or what is in it, or cifar10/train/CLASS/*"
+    ),
+    "cifar100": DataSet(32, 3, 100, partial(_cifar, "cifar100"), "cifar-100-python.tar.gz or what is in it"),
+}
+
+
+@contextmanager
+def _picture(path):
+    """The picture in a file, opened by Pillow. Raises InputError where that fails, there or in the block."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":  # Pillow's names for 16 and 32 bits, which it would cut off at 255
+                raise ValueError("more than 8 bits a channel")
+            yield image
+    except Exception as error:  # Pillow's, for damaged files: nearly anything
+        raise InputError(f"{path}: not a picture, cut off or unreadable ({_reason(error)}); replace or remove it") from error
+
+
+class SizesDiffer(InputError):
+    """Pictures are not of one square size, and no size was given to resize them to."""
+
+
+def read_class_folders(folder, image_size=None):
+    """FOLDER/train/CLASS/* and FOLDER/test|val|valid/CLASS/* -> training images (n, C, H, W) uint8, their labels (n,),
+    validation images, their labels. Classes are numbered in alphabetical order and take turns: the first n are a sample of all.
+
+    C is 1 where all pictures are grey, else 3. Pictures of one square size keep it, others are resized to `image_size`. Hidden
+    files are ignored, links followed. Raises InputError that names the file or folder that is wrong.
+    """
+    parts = [folder / "train", next((folder / p for p in ("test", "val", "valid") if (folder / p).is_dir()), folder / "test")]
+    for part in parts:
+        if not part.is_dir():
+            raise InputError(f"{part}: no such folder; expected {CLASS_FOLDERS}")
+    files = [{path.name: _visible(path) for path in _visible(part) if path.is_dir()} for part in parts]
+    names = sorted(files[0].keys() | files[1].keys())
+    if len(names) < 2:
+        raise InputError(f"{parts[0]}: {len(names)} class folders; expected two or more, as in {CLASS_FOLDERS}")
+    for part, name in product((0, 1), names):
+        if not files[part].get(name):
+            raise InputError(f"{parts[part] / name}: no picture there; {parts[0]} and {parts[1]} both need each class")
+    pictures = [sorted((i, c, path) for c, name in enumerate(names) for i, path in enumerate(part[name])) for part in files]
+    sizes, modes = {}, set()
+    for _, _, path in pictures[0] + pictures[1]:
+        with _picture(path) as image:
+            sizes.setdefault(image.size, path)
+            modes.add(image.mode)
+    size = next(iter(sizes))
+    if len(sizes) > 1 or size[0] != size[1]:
+        if image_size is None:
+            some = " and ".join(f"{width} x {height} ({path})" for (width, height), path in list(sizes.items())[:2])
+            raise SizesDiffer(f"{folder}: its pictures are not of one square size: {some}; give --image-size to resize them to")
+        size = image_size, image_size
+    mode = "L" if modes <= {"1", "L", "LA"} else "RGB"
+    arrays = []
+    for part in pictures:
+        arrays += [_decode([path for _, _, path in part], mode, size), np.array([c for _, c, _ in part])]
+    return arrays
+
+
+def _visible(folder):
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _decode(paths, mode, size):
+    """Pictures -> (n, C, H, W) uint8."""
+
+    def decode(some):
+        images = []
+        for path in some:
+            with _picture(path) as image:
+                images.append(np.asarray(image.convert(mode).resize(size, Image.Resampling.BILINEAR)))
+        return np.stack(images)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        images = np.concatenate(list(threads.map(decode, (paths[i : i + 256] for i in range(0, len(paths), 256)))))
+    return images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
+
+
+def _check(where, record, images, labels):
+    """Raises InputError unless every image is of the record's shape and has one label, from 0 to classes - 1."""
+    size, channels, classes = record
+    if not len(images) == len(labels) > 0:
+        raise InputError(f"{where}: {len(images)} images and {len(labels)} labels; expected one label an image")
+    if images.dtype != torch.uint8 or images.shape[1:] != (channels, size, size):
+        found = " x ".join(map(str, images.shape[1:]))
+        raise InputError(f"{where}: images of {found} ({images.dtype}); expected {channels} x {size} x {size} bytes")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise InputError(f"{where}: labels from {labels.min()} to {labels.max()}; expected 0 to {classes - 1}")
+
+
+@lru_cache(1)  # it may take half a minute, and is asked for with and without a size
+def read(name, data_dir, image_size=None):
+    """Training images, their labels, validation images and their labels of the data set or folder `name`, as arrays."""
+    if name in DATASETS:
+        return DATASETS[name].load(Path(data_dir))
+    if Path(name).is_dir():
+        return read_class_folders(Path(name), image_size)
+    raise InputError(f"--dataset {name}: unknown; choose from {', '.join(DATASETS)}, or name a folder, {CLASS_FOLDERS}")
+
+
+@lru_cache(1)  # the runs of a grid share it
 def load_data(name, data_dir="data", *, image_size=None, train_subset=None, hold_out=0.0, device="cpu"):
-    """The data set `name` as Data on `device`, downloaded into `data_dir` where it is missing.
+    """The data set `name` of DATASETS, downloaded into `data_dir` where it is missing, or that of a folder of images: as Data.
 
-    image_size: resize to this (None: the data set's own). train_subset: keep that many training images, chosen at random,
+    image_size: that the model sees (None: the data set's own). train_subset: keep that many training images, chosen at random,
     always the same. hold_out: validate on this share of the training images, taken out of training, in the place of the
     validation images: what hyperparameters may be chosen by. Raises InputError where files are missing and can't be
-    downloaded, are broken, or hold too few images.
+    downloaded, are damaged or contradict each other, or hold too few images.
     """
-    if name not in LOADERS:
-        raise InputError(f"--dataset {name}: unknown; choose from {', '.join(LOADERS)}")
     try:
-        arrays = LOADERS[name](Path(data_dir))
-    except (OSError, RuntimeError, HTTPException, tarfile.TarError, zlib.error, EOFError) as error:  # no network, a broken file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        missing = f"--data-dir {data_dir}: {name} is not there ({reason})"
-        raise InputError(f"{missing}; put {FILES[name]} there, or use --dataset digits")
-    images, labels, val_images, val_labels = (torch.from_numpy(np.array(array)) for array in arrays)
+        arrays = read(name, data_dir)
+    except SizesDiffer:
+        if image_size is None:
+            raise
+        arrays = read(name, data_dir, image_size)
+    if name in DATASETS:
+        where, record = f"--data-dir {data_dir}: {name}", DATASETS[name][:3]
+    else:
+        where, record = name, (arrays[0].shape[2], arrays[0].shape[1], int(arrays[1].max()) + 1)
+    images, labels, val_images, val_labels = (torch.from_numpy(np.array(array, order="C")) for array in arrays)
+    _check(f"{where}, training part", record, images, labels)
+    _check(f"{where}, validation part", record, val_images, val_labels)
     if train_subset is not None:
         if train_subset > len(labels):
             raise InputError(f"--train-subset {train_subset}: {name} has {len(labels)} training images")
@@ -148,12 +280,11 @@ def load_data(name, data_dir="data", *, image_size=None, train_subset=None, hold
             raise InputError(f"--hold-out {hold_out}: leaves {held} of {len(labels)} training images to validate on")
         val_images, images = images[order].tensor_split([held])
         val_labels, labels = labels[order].tensor_split([held])
-    size, channels, _ = DATASETS[name]
-    images, val_images = (x.view(-1, channels, size, size).byte() for x in (images, val_images))
-    std, mean = (x[:, None, None].to(device) for x in torch.std_mean(images.float() / 255, (0, 2, 3)))
-    data = Data(None, labels.long().to(device), None, val_labels.long().to(device), images, mean, std, image_size or size)
-    data.train_images, data.val_images = data.normalise(images.to(device)), data.normalise(val_images.to(device))
-    return data
+    moments = [torch.std_mean(channel.float() / 255) for channel in images.unbind(1)]
+    std, mean = (torch.stack(of_all)[:, None, None] for of_all in zip(*moments))
+    std = std.clamp(min=1 / 255)  # a channel without contrast
+    tensors = (images, labels.long(), val_images, val_labels.long(), mean, std)
+    return Data(*(tensor.to(device) for tensor in tensors), image_size or record[0], record[2])
 
 
 def data_of(config, data_dir=None, device="cpu"):
@@ -162,77 +293,42 @@ def data_of(config, data_dir=None, device="cpu"):
     return load_data(config["dataset"], data_dir or config["data_dir"], **settings, device=device)
 
 
+def mixed_seed(*numbers):
+    """One 63-bit seed out of several whole numbers, the same on every machine; nearby numbers give unrelated seeds.
+
+    The first number says what the seed is for: ORDER, AUGMENTATION or DROPOUT.
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
 def epoch_order(examples, seed, epoch):
     """The order in which an epoch sees the training set, (examples,) int64."""
     return torch.randperm(examples, generator=torch.Generator().manual_seed(mixed_seed(ORDER, seed, epoch)))
 
 
-def batches(data, batch_size, seed, epoch, start=0):
-    """An epoch's (images, labels) from batch `start` on, this rank's share of each: normalised, without augmentation."""
-    order = epoch_order(len(data.train_labels), seed, epoch).to(data.train_labels.device, non_blocking=True)
-    for index in order.split(batch_size)[start:]:
-        index = index[RANK::WORLD]
-        yield data.resize(data.train_images[index]), data.train_labels[index]
+def batches(data, batch_size, seed, epoch, augment=False, rank=0, world=1):
+    """An epoch's batches: prepared images, labels, weight. Of each batch, this rank gets every `world`-th image.
 
+    The mean over a batch is the mean over the ranks of weight * (mean over a rank's share). A rank for which no image is left
+    gets the batch's first one, with weight 0.
+    """
+    examples, (_, channels, size, _) = len(data.train_labels), data.train_images.shape
 
-class _Augmentation(torch.utils.data.Dataset):
-    """Batches of augmented images: random resized crop, horizontal flip, RandAugment(n = 2, m = 14) (Section 6)."""
+    def shares(rows):  # this rank's part of every batch
+        return [batch[rank::world] if rank < len(batch) else batch[:1] for batch in rows.split(batch_size)]
 
-    def __init__(self, images, size):
-        from torchvision.transforms import v2
-
-        self.images, self.size = images, size
-        crop = v2.RandomResizedCrop(size, antialias=True)
-        self.transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.RandAugment(num_ops=2, magnitude=14)])
-
-    def __getitem__(self, item):
-        """(seed, epoch, indices) -> images (b, C, size, size) uint8, indices (b,). Runs in a worker."""
-        seed, epoch, index = item
-        images = torch.empty(len(index), len(self.images[0]), self.size, self.size, dtype=torch.uint8)
-        for image, i in zip(images, index.tolist()):
-            # An image depends on (seed, epoch) alone: not on the workers, the ranks, the batch or where an epoch was resumed.
-            torch.manual_seed(mixed_seed(AUGMENTATION, seed, epoch, i))
-            image[:] = self.transform(self.images[i])
-        return images, index
-
-
-def _start_worker(worker):
-    """One thread, and of the signals that may be sent to all processes at once none but the training process' own SIGTERM."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_asked, daemon=True).start()
-
-
-def _end_when_asked():
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-class AugmentedBatches:
-    """An epoch's batches with augmentation, made image by image in worker processes that live as long as this object."""
-
-    def __init__(self, data, batch_size, seed):
-        self.data, self.batch_size, self.seed = data, batch_size, seed
-        self.plan = []  # (seed, epoch, indices) of every batch of the coming epoch: what the loader samples
-        self.loader = torch.utils.data.DataLoader(
-            _Augmentation(data.raw_train_images, data.image_size), batch_size=None, sampler=self.plan,
-            num_workers=min(8, max(1, cores() - 1)), persistent_workers=True,
-            pin_memory=data.train_labels.is_cuda, worker_init_fn=_start_worker,
-            multiprocessing_context="fork" if sys.platform == "linux" else None,
-            generator=torch.Generator(),  # else the first epoch would draw from the generator that dropout uses
-        )  # fmt: skip
-
-    def epoch(self, epoch, start=0):
-        """As `batches`."""
-        order = epoch_order(len(self.data.train_labels), self.seed, epoch).split(self.batch_size)
-        self.plan[:] = [(self.seed, epoch, index[RANK::WORLD]) for index in order[start:]]
-        device = self.data.train_labels.device
-        try:
-            for images, index in self.loader:
-                images, index = images.to(device, non_blocking=True), index.to(device, non_blocking=True)
-                yield self.data.normalise(images), self.data.train_labels[index]
-        except (EOFError, ConnectionError):  # the loader itself notices most deaths, but not one in the middle of a batch
-            raise RuntimeError("a worker process that augments images died")
+    order = epoch_order(examples, seed, epoch)
+    indices = shares(order.to(data.train_labels.device, non_blocking=True))
+    weights = [len(batch[rank::world]) * world / len(batch) for batch in order.split(batch_size)]
+    rows = shares(torch.arange(examples))
+    if augment:
+        drawn = draw_augmentation(examples, size, mixed_seed(AUGMENTATION, seed, epoch))
+    together = max(1, VALUES_AT_ONCE // (channels * max(size, data.image_size) ** 2) // batch_size)  # batches made at once
+    for start in range(0, len(indices), together):
+        some = slice(start, start + together)
+        images = data.train_images[torch.cat(indices[some])]
+        if augment:
+            box, flip, operations, signs = (values[torch.cat(rows[some])] for values in drawn)
+            images = rand_augment(crop_and_flip(images, box, flip, data.image_size), operations, signs)
+        for part, index, weight in zip(images.split([len(i) for i in indices[some]]), indices[some], weights[some]):
+            yield data.prepare(part), data.train_labels[index], weight

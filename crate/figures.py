@@ -1,15 +1,16 @@
 """Every figure. Drawn with matplotlib's object interface, which needs no display and leaves no state behind."""
 
 import math
+import os
 from io import BytesIO
 from pathlib import Path
+
+os.environ["MPLBACKEND"] = "Agg"  # a notebook's backend, inherited, isn't installed everywhere
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
-
-from crate.claims import mean_interval, nested
 
 # Okabe and Ito's colours, told apart with any colour vision; one per model type, the same in every figure.
 COLOURS = {
@@ -40,7 +41,7 @@ def in_order(names):
 
 
 def save(figure, path):
-    """Write the figure as PNG to `path`, whose folder is made if need be, and as PDF beside it."""
+    """Write the figure as PNG to `path`, whose folder is made if need be."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     buffer = BytesIO()
     figure.savefig(buffer, dpi=120)
@@ -48,106 +49,98 @@ def save(figure, path):
         Path(path).write_bytes(buffer.getvalue())
     else:  # in 256 colours it is a third of the size
         Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)
-    figure.set_layout_engine("none")  # it is laid out, and that takes most of the time
-    figure.savefig(Path(path).with_suffix(".pdf"), metadata={"CreationDate": None})
 
 
-def rates_by_layer(rows, titles, path):
-    """R^c before and after every compression step, mean over seeds with the range shaded, a panel per rule of `titles`.
+def rates_by_layer(rates, titles, path):
+    """R^c before and after every compression step and after it at equal norm, mean over seeds with the range shaded, a panel
+    per rule of `titles`, {rule: title} (Figs. 1a, 5).
 
-    rows: of crate.compression.compress. A layer at which any seed has overflowed is marked, and not drawn.
+    rates: rows of crate.compression.compress. The layer at which a seed has overflowed is marked, and nothing drawn from there.
     """
     figure, axes = grid(len(titles), min(len(titles), 3), sharex=True)
+    shown = {"before": ("before the step", GREY, "o-", 5), "after": ("after the step", COLOURS["crate-n"], "s-", 4)}
+    shown["after_equal_norm"] = ("after it, at equal norm", COLOURS["crate-c"], "^--", 3)
     for axis, (rule, title) in zip(axes, titles.items()):
-        own = [row for row in rows if row["rule"] == rule]
-        overflow = min((row["layer"] for row in own if row["overflow"]), default=math.inf)
-        drawn = [row for row in own if row["layer"] < overflow]
-        for when, colour, marker in (("before", GREY, "o"), ("after", COLOURS["crate-n"], "s")):
-            values = nested(drawn, "layer", when)
-            low, high, mean = ([*map(of, values.values())] for of in (min, max, np.mean))
-            axis.fill_between([*values], low, high, color=colour, alpha=0.25, linewidth=0)
-            axis.plot([*values], mean, marker + "-", color=colour, markersize=4, label=f"{when} the step")
-        if overflow < math.inf:
-            axis.set_yscale("log" if drawn else "linear")
+        own = rates[rates["rule"] == rule]
+        overflow = own.loc[own["overflow"].astype(bool), "layer"].min()  # NaN without
+        drawn = own[~(own["layer"] >= overflow)]
+        for when, (label, colour, style, size) in shown.items():
+            values = drawn[when].astype(float).groupby(drawn["layer"]).agg(["min", "max", "mean"]).dropna()
+            axis.fill_between(values.index, values["min"], values["max"], color=colour, alpha=0.25, linewidth=0)
+            axis.plot(values["mean"], style, color=colour, markersize=size, label=label)
+        if math.isfinite(overflow):
+            axis.set_yscale("log" if len(drawn) else "linear")
             axis.axvline(overflow, color=GREY, linestyle=":")
             axis.annotate(f"overflow at layer {overflow}", (overflow, 0.5), xycoords=("data", "axes fraction"), rotation=90,
                           xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)  # fmt: skip
-        axis.set(title=title, xlabel="layer", ylabel="$R^c$ (nats)", xlim=(0.5, max(row["layer"] for row in rows) + 0.5))
+        axis.set(title=title, xlabel="layer", ylabel="$R^c$ (nats)", xlim=(0.5, rates["layer"].max() + 0.5))
         axis.tick_params(labelbottom=True)
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, fontsize=8)
     save(figure, path)
 
 
 def log_curves(curves, path):
-    """log x and its expansions at 1 (Fig. 1b). curves: {"x": values, name: values, ...}."""
+    """log x and its expansions at 1 (Fig. 1b). curves: a column x, and one for each curve."""
     figure, axis = canvas()
-    for (name, values), style in zip(list(curves.items())[1:], ("-", "--", "-.", ":")):
-        axis.plot(curves["x"], values, style, label=name)
+    for name, style in zip(curves.columns.drop("x"), ("-", "--", "-.", ":")):
+        axis.plot(curves["x"], curves[name], style, label=name)
     axis.axhline(0, color=GREY, linewidth=0.5)
     axis.set(xlabel="$x$", ylabel="value", title="$\\log x$ and its expansions at $x = 1$")
     axis.legend(frameon=False, fontsize=8)
     save(figure, path)
 
 
-def by_layer(panels, path, *, label, sequential=False, share=True):
-    """Lines over the layers, mean over seeds with its 95 % interval shaded, a panel each (Figs. 2, 3); no file without panels.
+def by_layer(curves, path, *, label, colours=None, columns=2):
+    """Lines over the layers with a shaded interval, in panels (Figs. 2, 3); no file without curves.
 
-    panels: {title: {line: {layer: [value of each seed]}}}; sequential: the lines have an order, such as epochs; share: the
-    panels have one vertical axis.
+    curves: rows {panel, line, layer, mean, low, high}; colours: {line: colour}, else from dark to light in the order of the
+    rows. The panels of a row share the vertical axis.
     """
-    if not panels:
+    if curves.empty:
         return
-    columns = min(len(panels), 3)
-    figure, axes = grid(len(panels), columns, width=8 / columns, height=2.5, sharey=share)
-    lines = dict.fromkeys(line for panel in panels.values() for line in panel)
-    colours = in_order(lines) if sequential else dict(zip(lines, COLOURS.values()))
-    markers = dict(zip(lines, "os^Dv<>ph*" * len(lines)))
+    panels, lines = curves["panel"].unique(), curves["line"].unique()
+    colours, columns = colours or in_order(lines), min(columns, len(panels))
+    figure, axes = grid(len(panels), columns, width=8 / columns, height=2.5, sharey="row")
     handles = {}
-    for axis, (title, panel) in zip(axes, panels.items()):
-        for line, by in panel.items():
-            layers = sorted(by)
-            mean, low, high = zip(*(mean_interval(by[layer]) for layer in layers))
-            (handles[line],) = axis.plot(layers, mean, markers[line] + "-", color=colours[line], markersize=3.5, linewidth=1.2)
-            axis.fill_between(layers, low, high, color=colours[line], alpha=0.2, linewidth=0)
-        axis.set(title=title, xlabel="layer")
+    for axis, panel in zip(axes, panels):
+        for line, marker in zip(lines, "os^Dv<>ph*" * len(lines)):
+            own, style = curves[(curves["panel"] == panel) & (curves["line"] == line)], {"color": colours[line]}
+            (handles[line],) = axis.plot(own["layer"], own["mean"], marker + "-", markersize=3.5, linewidth=1.2, **style)
+            axis.fill_between(own["layer"], own["low"], own["high"], alpha=0.15, linewidth=0, **style)
+        axis.set(title=panel, xlabel="layer")
         axis.xaxis.get_major_locator().set_params(integer=True)
     figure.supylabel(label, fontsize=10)
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 6), frameon=False, fontsize=8)
     save(figure, path)
 
 
-def scatter(panels, gap, levels, path, *, gap_name, legend=None):
-    """The gap against every measure, a small panel each (Figs. 4, 6).
-
-    panels: {measure: (title, values (models,))}; gap (models,); levels: each model's level of the hyperparameter `legend`, or
-    one and the same. A measure that is positive and spans more than a factor of 100 gets a logarithmic axis.
+def intervention(runs, slopes, path):
+    """The gap against SRR along eta, a line per seed, a panel per model. runs: {model, seed, srr_reg, srr, gap}; slopes: their
+    text, {model: str}.
     """
-    columns = min(6, math.ceil(len(panels) ** 0.5))
-    figure, axes = grid(len(panels), columns, width=2.3, height=2.0, sharey=True)
-    others = sorted(set(levels) - set(COLOURS), key=_number_first)
-    colours = {name: colour for name, colour in COLOURS.items() if name in levels} | in_order(others)
-    gap, levels = np.asarray(gap), np.asarray(levels)
-    size = max(1.0, min(14.0, 3000 / len(gap)))
-    for axis, (name, (title, values)) in zip(axes, panels.items()):
-        values = np.asarray(values)
-        finite = values[np.isfinite(values)]
-        if len(finite) and finite.min() > 0 and finite.max() > 100 * finite.min():
-            axis.set_xscale("log")
-        else:
-            axis.locator_params(axis="x", nbins=4)
-        for level, colour in colours.items():
-            own = levels == level
-            axis.scatter(values[own], gap[own], s=size, color=colour, alpha=0.8, linewidths=0, label=level)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel(name, fontsize=8 if len(name) < 24 else 6.5)
-        axis.tick_params(labelsize=7)
-        axis.xaxis.get_offset_text().set_size(7)
-    figure.supylabel(gap_name, fontsize=9)
-    if legend:
-        place = dict(loc="outside upper center", ncols=min(len(colours), 2 * columns), fontsize=8, title_fontsize=8)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, title=legend, frameon=False, markerscale=(25 / size) ** 0.5, **place)
+    figure, axes = grid(len(slopes), min(len(slopes), 2))
+    colours = in_order(sorted(runs["srr_reg"].unique()))
+    for axis, (model, slope) in zip(axes, slopes.items()):
+        own = runs[runs["model"] == model].sort_values("srr_reg")
+        for _, seed in own.groupby("seed"):
+            axis.plot(seed["srr"], seed["gap"], color=GREY, linewidth=0.6, alpha=0.6, zorder=1)
+        for eta, points in own.groupby("srr_reg"):
+            axis.scatter(points["srr"], points["gap"], s=16, color=colours[eta], label=f"{eta:g}")
+        axis.set(title=f"{model}: slope {slope}", xlabel="SRR measure of the trained model", ylabel="gap (nats)")
+        axis.title.set_size(9)
+    axes[0].legend(title="eta", frameon=False, fontsize=7, title_fontsize=8)
     save(figure, path)
+
+
+def short(name):
+    """A column's name, cut to what fits beside a panel."""
+    return name if len(name) <= 40 else name[:39] + "…"
+
+
+def by_level(levels):
+    """{level: colour}: model types have their own, other levels go from dark to light."""
+    others = sorted(set(levels) - set(COLOURS), key=_number_first)
+    return {name: colour for name, colour in COLOURS.items() if name in levels} | in_order(others)
 
 
 def _number_first(level):
@@ -157,6 +150,77 @@ def _number_first(level):
         return (1, 0.0, level)
 
 
+def points(axis, x, y, levels, size):
+    """Points in the colours of their levels; x, y and levels are arrays (models,)."""
+    for level, colour in by_level(levels).items():
+        own = levels == level
+        axis.scatter(x[own], y[own], s=size, color=colour, alpha=0.8, linewidths=0, label=level)
+
+
+def legend_above(figure, axis, title, columns):
+    """A legend of the axis above the whole figure; none for more levels than colours can tell apart."""
+    handles, labels = axis.get_legend_handles_labels()
+    if not 1 < len(labels) <= 12:
+        return
+    place = dict(loc="outside upper center", ncols=min(len(labels), columns), fontsize=8, title_fontsize=8, frameon=False)
+    legend = figure.legend(handles, map(short, labels), title=short(title), **place)
+    for text in (*legend.get_texts(), legend.get_title()):
+        text.set_parse_math(False)
+    for handle in legend.legend_handles:
+        handle.set_sizes([25])
+
+
+def scatter(panels, gap, levels, path, *, gap_name, legend=None):
+    """The gap against every measure, a small panel each (Figs. 4, 6).
+
+    panels: {measure: (title, values (models,))}; gap (models,); levels: each model's level of the hyperparameter `legend`, or
+    one and the same. A measure that is positive and spans more than a factor of 100 gets a logarithmic axis. Names of columns
+    are not parsed for formulas: a `$` in them is a `$`.
+    """
+    columns = min(6, math.ceil(len(panels) ** 0.5))
+    figure, axes = grid(len(panels), columns, width=2.3, height=2.0, sharey=True)
+    gap, levels = np.asarray(gap), np.asarray(levels)
+    for axis, (name, (title, values)) in zip(axes, panels.items()):
+        values = np.asarray(values)
+        finite = values[np.isfinite(values)]
+        if len(finite) and finite.min() > 0 and finite.max() > 100 * finite.min():
+            axis.set_xscale("log")
+        else:
+            axis.locator_params(axis="x", nbins=4)
+        points(axis, values, gap, levels, max(1.0, min(14.0, 3000 / len(gap))))
+        axis.set_title(title, fontsize=9, parse_math=False)
+        axis.set_xlabel(short(name), fontsize=8 if len(name) < 24 else 6.5, parse_math=False)
+        axis.tick_params(labelsize=7)
+        axis.xaxis.get_offset_text().set_size(7)
+    figure.supylabel(short(gap_name), fontsize=9, parse_math=False)
+    if legend:
+        legend_above(figure, axes[0], legend, 2 * columns)
+    save(figure, path)
+
+
+def srr_scatter(srr, gap, levels, path, *, gap_name, legend=None):
+    """SRR against the gap, as in Fig. 4, and beside it both minus their level's mean, where there are levels.
+
+    srr, gap, levels: (models,); levels: each model's level of the hyperparameter `legend`.
+    """
+    finite = np.isfinite(srr)
+    srr, gap, levels = (np.asarray(values)[finite] for values in (srr, gap, levels))
+    figure, axes = grid(2 if legend else 1, 2, width=4.2, height=3.6)
+    size = max(3.0, min(24.0, 5000 / len(gap)))
+    points(axes[0], srr, gap, levels, size)
+    axes[0].set_xlabel("SRR")
+    axes[0].set_ylabel(short(gap_name), parse_math=False)
+    if legend:
+        inside = np.zeros((2, len(gap)))
+        for own in (levels == level for level in set(levels)):
+            inside[:, own] = srr[own] - srr[own].mean(), gap[own] - gap[own].mean()
+        points(axes[1], *inside, levels, size)
+        axes[1].set_xlabel(f"SRR, minus its mean in each {short(legend)}", parse_math=False)
+        axes[1].set_ylabel(f"{short(gap_name)}, minus its mean", parse_math=False)
+        legend_above(figure, axes[0], legend, 6)
+    save(figure, path)
+
+
 def forest(rows, path, *, label, highlight=(), limits=None):
     """A number with its 95 % interval on every line. rows: (name, number, low, high), from top to bottom; highlight: names."""
     figure, axis = canvas(width=6.4, height=1.1 + 0.21 * len(rows))
@@ -164,24 +228,28 @@ def forest(rows, path, *, label, highlight=(), limits=None):
         colour = COLOURS["crate-n"] if name in highlight else COLOURS["crate-c"]
         axis.plot([low, high], [k, k], color=colour, linewidth=1.5)
         axis.plot(number, k, "o", color=colour, markersize=4)
-    axis.axvline(0, color=GREY, linewidth=0.8)
-    axis.set(xlim=limits, ylim=(len(rows) - 0.4, -0.6), xlabel=label)
-    axis.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
-    axis.grid(axis="x", alpha=0.3)
+    lines(axis, [row[0] for row in rows], label, limits)
     save(figure, path)
 
 
-def rank_heatmap(names, matrix, path, *, label):
-    """Rank correlations between measures, a (names, names) matrix, with the value written in each cell."""
-    inches = 1.2 + 0.29 * len(names)
-    figure, axis = canvas(width=inches + 2, height=inches + 1)
-    shown = axis.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
-    for (a, b), value in np.ndenumerate(matrix):
-        if math.isfinite(value):
-            text = f"{value:.2f}".replace("0.", ".").replace("-.00", ".00")
-            axis.text(b, a, text, ha="center", va="center", fontsize=5.5, color="white" if abs(value) > 0.6 else "black")
-    axis.set_facecolor("#DDDDDD")  # where a constant measure has no correlation
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    axis.set_yticks(range(len(names)), names, fontsize=7)
-    figure.colorbar(shown, ax=axis, shrink=0.8, label=label)
+def lines(axis, names, label, limits):
+    """Name the lines of a plot from top to bottom."""
+    axis.axvline(0, color=GREY, linewidth=0.8)
+    axis.set(xlim=limits, ylim=(len(names) - 0.4, -0.6))
+    axis.set_xlabel(label, parse_math=False)
+    axis.set_yticks(range(len(names)), [short(name) for name in names], fontsize=8, parse_math=False)
+    axis.grid(axis="x", alpha=0.3)
+
+
+def within_between(taus, path, *, label, limits=None):
+    """tau within strata beside tau between them, a line a measure. taus: {"within": rows of `forest`, "between": the same}."""
+    names = [row[0] for row in taus["within"]]
+    figure, axis = canvas(width=6.4, height=1.4 + 0.28 * len(names))
+    for what, colour, marker, shift in (("within", "crate-n", "o", -0.16), ("between", "crate-c", "s", 0.16)):
+        _, numbers, lows, highs = zip(*taus[what])
+        height = np.arange(len(names)) + shift
+        axis.hlines(height, lows, highs, color=COLOURS[colour], linewidth=1.5)
+        axis.plot(numbers, height, marker, color=COLOURS[colour], markersize=4, label=what)
+    lines(axis, names, label, limits)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     save(figure, path)

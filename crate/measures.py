@@ -1,44 +1,56 @@
-"""Complexity measures of a trained classifier (Section 5, Tables 1 and 5 of the SRR paper).
+"""Complexity measures of a trained classifier (Section 5, Tables 1, 5): a model and images in, numbers out.
 
 J-eq. numbers are those of Jiang et al. 2019, "Fantastic Generalization Measures and Where to Find Them". Norms are taken in
 float64. Measuring changes no parameter, mode or random state: perturbed weights enter by `torch.func.functional_call`, noise
-comes from generators of its own. `chunk`, the images of one forward pass, bounds memory and changes results by rounding alone.
+comes from a generator of its own. `chunk`, the images of one forward pass, bounds memory and changes results by rounding alone.
 """
 
 import copy
 import functools
-import hashlib
 import math
-from pathlib import Path
+from statistics import fmean
 
 import torch
+import torch.nn.functional as F
 from scipy.optimize import brentq
 from torch import nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
-from crate.checkpoint import load_checkpoint, load_run, load_weights
-from crate.cli import InputError
-from crate.data import data_of, load_data
-from crate.model import from_released_crate
-from crate.runs import finished_run
-from crate.srr import evaluating, layer_srr
-from crate.training import evaluate
+from crate.rates import coding_rate, split_heads
+from crate.srr import evaluating, layer_srr, record
 
-DROP = 0.1  # training accuracy that PAC-Bayes noise and sharpness may cost
+# What can be asked for, and a measure that each group has of every model.
+GROUPS = {
+    "norms": "l2", "path-norm": "path_norm", "pac-bayes": "pacbayes_flatness", "sharpness": "sharpness_flatness", "srr": "srr",
+}  # fmt: skip
+
+DROP = 0.1  # training accuracy that noise and ascent may cost
 DROP_RANGE = (0.09, 0.11)  # a drop outside is flagged
-EPS = 1e-3  # of the magnitude-aware bounds
-DIRECTIONS = 10  # noise directions, drawn once per model
 PRECISION = 1e-2  # relative, of the scales found; ten directions leave a noise of several per cent
-STEEPNESS = 3.0  # typical, of the logit of the drop over the logarithm of the scale
+STEEPNESS = 3.0  # typical, of the drop's logit over the scale's logarithm
+DIRECTIONS = 10  # of noise, drawn once per model
+EPS = 1e-3  # of the magnitude-aware noise and bounds
 ASCENT_STEPS = 4  # of sharpness
+EPS_RELEASED = 0.01  # of the released CRATE's R^c
 
-# The columns of the table of measures that stand left of the measures.
-SETTINGS = ("model", "dataset", "train_subset", "width", "depth", "heads", "batch_size", "lr", "dropout",
-            "weight_decay", "srr_reg", "srr_layer", "seed")  # fmt: skip
-RESULTS = ("reached_target", "steps", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
-DETAILS = ("margin", "sigma", "sigma_drop", "sigma_mag", "sigma_mag_drop", "alpha", "alpha_drop", "flags")
-COLUMNS = ("run", *SETTINGS, *RESULTS, "checksum", "images", *DETAILS, "gap", "gap_accuracy")
+
+class Prepared:
+    """Images (m, C, H, W) with a tensor's `len` and `split`, whose parts go through `prepare` as they are read.
+
+    Bytes take a quarter of the memory of what the model sees, or less.
+    """
+
+    def __init__(self, images, prepare):
+        self.images, self.prepare = images, prepare
+
+    def __len__(self):
+        return len(self.images)
+
+    def split(self, chunk):
+        return map(self.prepare, self.images.split(chunk))
+
+
+# Norms, distances and bounds (measures.md 2 to 5)
 
 
 def counted_weights(model):
@@ -63,8 +75,9 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
     training accuracy has dropped by 0.1. None for initial, margin or a scale leaves out the measures that need it.
     """
     if isinstance(weights, dict):
-        initial = None if initial is None else [initial[name] for name in weights]
-        weights = list(weights.values())
+        if initial is not None:
+            initial = [initial[name] for name in weights]
+        weights = weights.values()
     weights = [torch.as_tensor(w).double() for w in weights]
     d, omega = len(weights), sum(w.numel() for w in weights)
 
@@ -75,7 +88,6 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
         return torch.stack([torch.linalg.svdvals(w)[0].square() for w in matrices])
 
     fro_w, spec_w = fro(weights), spec(weights)
-    log_margin = math.log(margin) if margin is not None and margin > 0 else math.nan
     measures = {
         "params": omega,  # J-eq. 20
         "l2": fro_w.sum().sqrt(),
@@ -86,41 +98,49 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
         "log_sum_of_spec": math.log(d) + spec_w.log().mean(),  # J-eq. 35
         "sum_of_spec_literal": spec_w.sum(),
         "fro_over_spec": (fro_w / spec_w).sum(),  # J-eq. 33
-        "inverse_margin": math.exp(-2 * log_margin),  # J-eq. 22
     }
-    for norm in ("fro", "spec"):  # J-eqs. 36, 31 and 38, 34
-        over_margin = measures[f"log_prod_of_{norm}"] - 2 * log_margin
-        measures[f"log_prod_of_{norm}_over_margin"] = over_margin
-        measures[f"log_sum_of_{norm}_over_margin"] = math.log(d) + over_margin / d
-    squares = {"orig": fro_w}  # of the norms that the bounds are made of
+    squares = {"orig": fro_w}  # what the bounds are made of: ||W_i||_F^2, ||W_i - W0_i||_F^2
     if initial is not None:
         moved = [w - torch.as_tensor(w0).double() for w, w0 in zip(weights, initial, strict=True)]
-        squares = {"init": fro(moved), "orig": fro_w}
+        squares["init"] = fro(moved)
         measures["l2_dist"] = squares["init"].sum().sqrt()
         measures["fro_dist"] = squares["init"].sum()  # J-eq. 40
         measures["dist_spec_init"] = spec(moved).sum()  # J-eq. 41
-    for name, square in squares.items():  # J-eqs. 29, 30
-        measures[f"log_spec_{name}_main"] = measures["log_prod_of_spec_over_margin"] + (square / spec_w).sum().log()
+    if margin is not None:
+        gamma = margin if margin > 0 else math.nan
+        measures["inverse_margin"] = 1 / gamma / gamma  # J-eq. 22
+        for norm in ("fro", "spec"):
+            over_margin = measures[f"log_prod_of_{norm}"] - 2 * math.log(gamma)
+            measures[f"log_prod_of_{norm}_over_margin"] = over_margin  # J-eqs. 36, 31
+            measures[f"log_sum_of_{norm}_over_margin"] = math.log(d) + over_margin / d  # J-eqs. 38, 34
+        for name, square in squares.items():  # J-eqs. 30, 29
+            measures[f"log_spec_{name}_main"] = measures["log_prod_of_spec_over_margin"] + (square / spec_w).sum().log()
     if sigma is not None:
-        rest = math.log(examples / sigma) + 10
-        for name, square in squares.items():  # J-eqs. 48, 49
-            measures[f"pacbayes_{name}"] = square.sum() / (4 * sigma**2) + rest
+        for name, square in squares.items():  # J-eqs. 49, 48
+            measures[f"pacbayes_{name}"] = square.sum() / (4 * sigma**2) + math.log(examples / sigma) + 10
         measures["pacbayes_flatness"] = 1 / sigma**2  # J-eq. 53
     if sigma_mag is not None:
         if initial is not None:
-            rest = math.log(examples / sigma_mag) + 10
             denominators = sum((EPS**2 + sigma_mag**2 * w.square()).log().sum() for w in moved)
-            for name, square in squares.items():  # J-eqs. 56, 57
+            for name, square in squares.items():  # J-eqs. 57, 56
                 numerator = (EPS**2 + (sigma_mag**2 + 1) * square.sum() / omega).log()
-                measures[f"pacbayes_mag_{name}"] = (omega * numerator - denominators) / 4 + rest
+                bound = (omega * numerator - denominators) / 4
+                measures[f"pacbayes_mag_{name}"] = bound + math.log(examples / sigma_mag) + 10
         measures["pacbayes_mag_flatness"] = 1 / sigma_mag**2  # J-eq. 61
-    of_margin = ("margin", "_main")
-    return {name: float(mu) for name, mu in measures.items() if margin is not None or not name.endswith(of_margin)}
+    return {name: float(mu) for name, mu in measures.items()}
+
+
+# Logits and margin (measures.md 2)
 
 
 def logits(model, weights, images, chunk):
     """f(x) of all the images, (m, classes), with `weights` ({name: tensor}) in the place of the model's own."""
     return torch.cat([functional_call(model, weights, (part,)) for part in images.split(chunk)])
+
+
+def accuracy(model, weights, images, labels, chunk=256):
+    """Accuracy of the model with `weights` ({name: tensor}) in the place of its own: a float64 scalar, not waited for."""
+    return (logits(model, weights, images, chunk).argmax(1) == labels).double().mean()
 
 
 def margins(outputs, labels):
@@ -135,6 +155,9 @@ def margin(model, images, labels, chunk=256):
     with evaluating(model):
         of_images = margins(logits(model, {}, images, chunk).double(), labels)
     return of_images.kthvalue(max(1, len(labels) // 10)).values.item()
+
+
+# Path-norm (measures.md 4)
 
 
 def without_layernorm(model):
@@ -156,30 +179,34 @@ def path_norm(model, image_shape, effective=True):
     """
     squared = without_layernorm(model)
     with evaluating(squared):
-        steps = [layer.ista and layer.ista.matrix().square() for layer in squared.layers]
+        if effective:
+            for layer in squared.layers:
+                layer.sign = 1
+                if layer.ista:
+                    step = layer.ista.matrix().square()
+                    layer.ista.forward = lambda tokens, step=step: F.relu(F.linear(tokens, step))
         for tensor in (*squared.parameters(), *squared.buffers()):
             tensor.square_()
         squared.cls_token.zero_()
         squared.pos_embedding.zero_()
-        if effective:
-            for layer, step in zip(squared.layers, steps):
-                layer.sign = 1
-                if layer.ista:
-                    layer.ista.forward = lambda tokens, step=step: F.relu(F.linear(tokens, step))
         return squared(squared.cls_token.new_ones(1, *image_shape)).sum().item()
 
 
-def accuracy(model, weights, images, labels, chunk=256):
-    """Accuracy of the model with `weights` ({name: tensor}) in the place of its own."""
-    return (logits(model, weights, images, chunk).argmax(1) == labels).sum().item() / len(labels)
+# Scales of noise and of ascent (measures.md 5). On CUDA a search waits for the device once per drop.
+
+
+def _logit(p):
+    p = min(max(p, 1e-3), 1 - 1e-3)
+    return math.log(p / (1 - p))
 
 
 def find_scale(drop, guess, low=1e-4, high=1.0):
     """The scale between `low` and `high` at which drop(scale), a loss of accuracy, crosses 0.1, and the drop there: two floats.
 
-    Brent's method on the logarithm of the scale and the logit of the drop narrows the bracket to PRECISION in half the steps
-    of a bisection; nothing ends it early but a drop of exactly 0.1. The two ends are taken for a bracket, with heights that
-    make it start at `guess`, a typical scale: where nothing crosses between, an end is returned, and the drop there tells.
+    Brent's method on the logarithm of the scale and the logit of the drop, where a typical drop is a straight line, narrows the
+    bracket to PRECISION in half the steps of a bisection; nothing ends it early but a drop of exactly 0.1. The ends are not
+    evaluated but lie on a line of typical slope through `guess`, where the search thus starts: where nothing crosses between,
+    an end is returned, and the drop there tells.
     """
     ends = math.log(low), math.log(high)
 
@@ -190,8 +217,7 @@ def find_scale(drop, guess, low=1e-4, high=1.0):
     def height(x):
         if x in ends:
             return STEEPNESS * (x - math.log(guess))
-        p = min(max(drop_at(x), 1e-3), 1 - 1e-3)
-        return math.log(p / (1 - p)) - math.log(DROP / (1 - DROP))
+        return _logit(drop_at(x)) - _logit(DROP)
 
     x = brentq(height, *ends, xtol=PRECISION)
     return math.exp(x), drop_at(x)
@@ -211,13 +237,18 @@ def noise_scale(model, images, labels, magnitude_aware=False, chunk=256):
     ]
 
     def drop(scale):
-        spread = {name: (scale**2 * w.square() + EPS**2).sqrt() if magnitude_aware else scale for name, w in weights.items()}
-        copies = ({name: w + spread[name] * z[name] for name, w in weights.items()} for z in directions)
-        return unperturbed - math.fsum(accuracy(model, noisy, images, labels, chunk) for noisy in copies) / DIRECTIONS
+        spread = dict.fromkeys(weights, scale)
+        if magnitude_aware:
+            spread = {name: (scale**2 * w.square() + EPS**2).sqrt() for name, w in weights.items()}
+        total = 0.0
+        for z in directions:
+            noisy = {name: w + spread[name] * z[name] for name, w in weights.items()}
+            total += accuracy(model, noisy, images, labels, chunk)
+        return (unperturbed - total / DIRECTIONS).item()
 
     with evaluating(model):
         unperturbed = accuracy(model, {}, images, labels, chunk)
-        return find_scale(drop, 0.3 if magnitude_aware else 0.04)
+        return find_scale(drop, guess=0.3 if magnitude_aware else 0.04)
 
 
 def gradient_signs(model, weights, images, labels, chunk=256):
@@ -229,7 +260,7 @@ def gradient_signs(model, weights, images, labels, chunk=256):
             loss = F.cross_entropy(functional_call(model, weights, (x,)), y, reduction="sum")
         for total, gradient in zip(sums, torch.autograd.grad(loss, list(weights.values()))):
             total += gradient
-    return dict(zip(weights, (total.sign() for total in sums)))
+    return {name: total.sign() for name, total in zip(weights, sums)}
 
 
 def sharpness_radius(model, images, labels, chunk=256):
@@ -241,13 +272,13 @@ def sharpness_radius(model, images, labels, chunk=256):
     weights = perturbed_parameters(model)
 
     def drop(radius):
-        moved = weights
+        moved, signs = weights, first
         for step in range(ASCENT_STEPS):
-            signs = gradient_signs(model, moved, images, labels, chunk) if step else first
-            moved = {
-                name: w + (moved[name] - w + radius / 2 * signs[name]).clamp(-radius, radius) for name, w in weights.items()
-            }
-        return unperturbed - accuracy(model, moved, images, labels, chunk)
+            if step > 0:
+                signs = gradient_signs(model, moved, images, labels, chunk)
+            away = {name: moved[name] - w + radius / 2 * signs[name] for name, w in weights.items()}
+            moved = {name: w + away[name].clamp(-radius, radius) for name, w in weights.items()}
+        return (unperturbed - accuracy(model, moved, images, labels, chunk)).item()
 
     with evaluating(model):
         unperturbed = accuracy(model, {}, images, labels, chunk)
@@ -255,133 +286,137 @@ def sharpness_radius(model, images, labels, chunk=256):
         return find_scale(drop, 1.5e-3, 1e-5, 0.1)
 
 
-class Images:
-    """Images with a tensor's `split`, whose parts are transformed as they are read: all at once might not fit in memory."""
-
-    def __init__(self, images, transform):
-        self.images, self.transform = images, transform
-
-    def __len__(self):
-        return len(self.images)
-
-    def split(self, chunk):
-        return map(self.transform, self.images.split(chunk))
+# SRR (Eq. 11, measures.md 6)
 
 
-def srr(model, data):
-    """Eq. 11 on the training set: {measure: float}, and the parts per layer, a list of dicts.
+def released_rates(model, images, chunk=256):
+    """R^c of what enters each layer, as the released CRATE's own hook takes it: L floats, in nats, averaged over the images.
+
+    sum_k 1/2 logdet(I + p / (N eps) V_k^T V_k), the columns of V_k = U_k^T LN(Z) scaled to norm 1, or left at 0; eps = 0.01 is
+    not squared there. Source: vis_utils/coding_rate.py and vis_utils/crate_hook.py of github.com/Ma-Lab-Berkeley/CRATE.
+    Raises ValueError where tokens are not finite (NaN instead on CUDA).
+    """
+    sums = [0.0] * len(model.layers)
+    with evaluating(model):
+        for part in images.split(chunk):
+            with record([layer.norm1 for layer in model.layers]) as (_, normed):
+                model(part)
+            for l, (layer, tokens) in enumerate(zip(model.layers, normed)):
+                V = F.normalize(split_heads(layer.mssa.U(tokens), model.heads), dim=-1)  # (B, K, N, p)
+                N, p = V.shape[-2:]
+                sums[l] += coding_rate(V, p / (N * EPS_RELEASED)).double().sum()
+    return [total.item() / len(images) for total in sums]
+
+
+def srr_measures(model, initial, images):
+    """SRR (Eq. 11) on the images: {measure: float}, and its parts per layer, a list of dicts.
 
     `srr` is the measure of the model as it was trained. `srr_no_layernorm` has the identity for LayerNorm in the forward pass
     (of a float64 copy); NaN where the tokens then grow beyond what can be factorised. vit, whose U is the query matrix, has
-    `srr_key` and `srr_value` besides.
+    `srr_key` and `srr_value` besides. `rate_subspaces_released`: of released_rates. `baseline_srr_init`: `srr` of the initial
+    model, unless that is None. Raises ValueError where the trained or the initial model's tokens are not finite.
     """
 
     def mean(layers, key="srr"):
-        return math.fsum(layer[key] for layer in layers) / len(layers)
+        return fmean(layer[key] for layer in layers)
 
-    images = Images(data.train_images, data.resize)
-    layers = layer_srr(model, images)
+    layers, released = layer_srr(model, images), released_rates(model, images)
     try:
-        bare = layer_srr(without_layernorm(model), Images(data.train_images, lambda part: data.resize(part).double()))
+        bare = layer_srr(without_layernorm(model), Prepared(images, lambda part: part.double()))
     except ValueError:
         bare = [dict.fromkeys(layers[0], math.nan)] * len(layers)
     measures = {"srr": mean(layers)} | {f"srr_{key}": mean(layers, key) for key in ("l0", "rate_subspaces", "rate")}
-    measures["srr_no_layernorm"] = mean(bare)
+    measures |= {"srr_no_layernorm": mean(bare), "rate_subspaces_released": fmean(released)}
     if hasattr(model.layers[0].mssa, "key"):
         measures |= {f"srr_{matrix}": mean(layer_srr(model, images, matrix=matrix)) for matrix in ("key", "value")}
-    parts = [
-        {"layer": l, **layer, **{f"{key}_no_layernorm": value for key, value in without.items()}}
-        for l, (layer, without) in enumerate(zip(layers, bare), start=1)
-    ]
+    if initial is not None:
+        measures["baseline_srr_init"] = mean(layer_srr(initial, images))
+    parts = []
+    for l, (layer, without, rate) in enumerate(zip(layers, bare, released), start=1):
+        without = {f"{key}_no_layernorm": value for key, value in without.items()}
+        parts.append({"layer": l, **layer, **without, "rate_subspaces_released": rate})
     return measures, parts
 
 
+# All of them
+
+
 def measure(model, initial, data, groups, images=10_000):
-    """All measures of a trained model: {measure: float}, {detail: value} for DETAILS, and SRR's parts per layer.
+    """All measures of a trained model: {"measures": {name: float}, "details": {name: float}, "layers": [dict], "failed": dict}.
 
-    initial: the model at initialisation, or None. data: crate.data.Data. groups: of "path-norm", "pac-bayes", "sharpness" and
-    "srr"; norms are always there. images: how many training images the searches over accuracy use, the same for all models.
+    details: the margin, the scales found and the drops there. layers: SRR's parts. What is not finite is None. failed: {group:
+    reason} of those that can't be computed; their measures are None, or missing.
+
+    initial: the model at initialisation, or None. data: of crate.data; without labels (None) there are the groups "srr" and
+    "norms", this without a margin. groups: of GROUPS. images: how many training images the searches over accuracy use, the same
+    for all models. Raises ValueError where a weight is not finite.
     """
-    labels = data.train_labels
-    chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:images].sort().values.to(labels.device)
-    subset = Images(data.train_images[chosen], data.resize), labels[chosen]
-    details = dict.fromkeys(DETAILS)
-    details["margin"] = margin(model, Images(data.train_images, data.resize), labels)
-    if "pac-bayes" in groups:
-        details["sigma"], details["sigma_drop"] = noise_scale(model, *subset)
-        details["sigma_mag"], details["sigma_mag_drop"] = noise_scale(model, *subset, magnitude_aware=True)
-    measures = weight_measures(
-        counted_weights(model), initial and counted_weights(initial), details["margin"],
-        len(labels), details["sigma"], details["sigma_mag"],
-    )  # fmt: skip
-    if "path-norm" in groups:
-        shape = data.resize(data.train_images[:1]).shape[1:]
-        measures["path_norm"] = path_norm(model, shape)
-        measures["path_norm_over_margin"] = measures["path_norm"] * measures["inverse_margin"]  # J-eq. 43
-        measures["path_norm_literal"] = path_norm(model, shape, effective=False)
-    if "sharpness" in groups:
-        details["alpha"], details["alpha_drop"] = sharpness_radius(model, *subset)
-        measures["sharpness_flatness"] = 1 / details["alpha"] ** 2  # J-eq. 54
-    layers = []
-    if "srr" in groups:
-        values, layers = srr(model, data)
-        measures |= values
-    flags = ["margin"] if details["margin"] <= 0 else []  # what is doubtful, by the name of its column
-    searched = [name for name in ("sigma", "sigma_mag", "alpha") if details[name] is not None]
-    flags += [name for name in searched if not DROP_RANGE[0] <= details[f"{name}_drop"] <= DROP_RANGE[1]]
-    flags += [name for name, mu in measures.items() if not math.isfinite(mu) or name.startswith("path_norm") and mu <= 0]
-    return measures, details | {"flags": " ".join(flags)}, layers
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError("the weights of the trained model are not finite")
+    everything, labels = Prepared(data.train_images, data.prepare), data.train_labels
+    matrices = [None if network is None else counted_weights(network) for network in (model, initial)]
+    measures, details, layers, failed = {}, {}, [], {}
+
+    def gamma():
+        if labels is not None and "margin" not in details:
+            details["margin"] = margin(model, everything, labels)
+        return details.get("margin")
+
+    def subset():
+        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:images].sort().values
+        chosen = chosen.to(labels.device)
+        return Prepared(data.train_images[chosen], data.prepare), labels[chosen]
+
+    def norms():
+        return weight_measures(*matrices, gamma(), len(everything), sigma=None, sigma_mag=None)
+
+    def path_norms():
+        shape = data.prepare(data.train_images[:1]).shape[1:]
+        effective, literal = path_norm(model, shape), path_norm(model, shape, effective=False)
+        over_margin = effective / gamma() / gamma() if gamma() > 0 else math.nan  # J-eq. 43
+        return {"path_norm": effective, "path_norm_over_margin": over_margin, "path_norm_literal": literal}
+
+    def pac_bayes():
+        details["sigma"], details["sigma_drop"] = noise_scale(model, *subset())
+        details["sigma_mag"], details["sigma_mag_drop"] = noise_scale(model, *subset(), magnitude_aware=True)
+        values = weight_measures(*matrices, None, len(labels), details["sigma"], details["sigma_mag"])
+        return {name: mu for name, mu in values.items() if name.startswith("pacbayes")}
+
+    def sharpness():
+        details["alpha"], details["alpha_drop"] = sharpness_radius(model, *subset())
+        return {"sharpness_flatness": 1 / details["alpha"] ** 2}  # J-eq. 54
+
+    def srr():
+        values, parts = srr_measures(model, initial, everything)
+        layers.extend(parts)
+        return values
+
+    functions = {"norms": norms, "path-norm": path_norms, "pac-bayes": pac_bayes, "sharpness": sharpness, "srr": srr}
+    for group in groups:
+        try:
+            measures |= functions[group]()
+        except ValueError as error:
+            measures[GROUPS[group]] = math.nan
+            failed[group] = str(error)
+
+    def finite(values):
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+    layers = [finite(layer) for layer in layers]
+    return {"measures": finite(measures), "details": finite(details), "layers": layers, "failed": failed}
 
 
-def checksum(path):
-    """The first 16 digits of the SHA-256 of a checkpoint: `path`, or last.pt in the run folder `path`."""
-    file = path / "last.pt" if path.is_dir() else path
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-
-
-def load_released(path, heads, dataset, data_dir, device):
-    """The model in a released CRATE checkpoint, with the config, data and result that a run folder would have held."""
-    if heads is None or dataset is None:
-        raise InputError(f"{path}: a released CRATE checkpoint needs --heads and --dataset")
-    model = from_released_crate(load_checkpoint(path), heads).to(device).eval()
-    tokens, width = model.pos_embedding.shape[1:]
-    size = model.patch_size * math.isqrt(tokens - 1)
-    data = load_data(dataset, data_dir, image_size=size, device=device)
-    channels = model.patch_embedding[1].in_features // model.patch_size**2
-    if channels != data.train_images.shape[1] or len(model.head[1].weight) <= data.train_labels.max():
-        raise InputError(f"{path}: --dataset {dataset} has other channels or more classes than the checkpoint")
-    train_loss, train_accuracy = evaluate(model, data, data.train_images, data.train_labels)
-    val_loss, val_accuracy = evaluate(model, data, data.val_images, data.val_labels)
-    config = {"model": "crate", "dataset": dataset, "width": width, "depth": len(model.layers), "heads": heads}
-    result = {
-        "train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy,
-        "gap": val_loss - train_loss, "gap_accuracy": train_accuracy - val_accuracy,
-    }  # fmt: skip
-    return model, config, data, result
-
-
-def measure_run(path, *, groups, images, device="cpu", data_dir=None, heads=None, dataset=None):
-    """Measure a finished run folder, or a released CRATE checkpoint: its row of the table, and a row per layer.
-
-    data_dir: instead of the run's own. heads, dataset: of a released checkpoint, which has no initial weights. Raises
-    InputError or OSError where a file is missing or malformed, ValueError where the trained model's tokens are not finite.
+def doubtful(measures, details):
+    """The names of what is doubtful in what `measure` returns: a margin that is not positive, a scale whose drop is not near
+    0.1, a measure that is not finite, a path-norm that is not positive.
     """
-    path = Path(path)
-    if path.is_file():
-        model, config, data, result = load_released(path, heads, dataset, data_dir or "data", device)
-        initial = None
-    else:
-        config, model = load_run(path, device)
-        initial = copy.deepcopy(model)
-        load_weights(initial, path / "init.pt", config)
-        _, result = finished_run(path)
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise InputError(f"{path / 'last.pt'}: its weights are not finite")
-        missing = {"dataset", "image_size", "train_subset", "hold_out", "data_dir"} - config.keys()
-        if missing := missing | {"gap", "gap_accuracy"} - result.keys():
-            raise InputError(f"{path}: config.json or result.json lacks {', '.join(sorted(missing))}")
-        data = data_of(config, data_dir, device)
-    measures, details, layers = measure(model, initial, data, groups, images)
-    values = config | result | details | {"run": path.name, "checksum": checksum(path), "images": images}
-    row = {column: values.get(column) for column in COLUMNS} | measures
-    return row, [{"run": path.name, **layer} for layer in layers]
+    flags = []
+    if "margin" in details and (details["margin"] is None or details["margin"] <= 0):
+        flags.append("margin")
+    for name in ("sigma", "sigma_mag", "alpha"):
+        if name in details and not DROP_RANGE[0] <= details[f"{name}_drop"] <= DROP_RANGE[1]:
+            flags.append(name)
+    for name, mu in measures.items():
+        if mu is None or (name.startswith("path_norm") and mu <= 0):
+            flags.append(name)
+    return flags

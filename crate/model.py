@@ -1,17 +1,159 @@
-"""The image classifier built from CRATE layers, and the import of released CRATE checkpoints."""
+"""The variants, one CRATE layer (Eqs. 2-4, 8-10), and the image classifier made of such layers.
 
-import math
-import re
+A layer compresses by MSSA, then sparsifies by ISTA. Tokens are rows, (B, N, d): the transpose of the paper's Z.
+"""
+
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn import functional as F
 
-from crate.cli import InputError
-from crate.config import VARIANT_TABLE
-from crate.layers import Layer, dropout
+from crate.kernels import dropout, full_precision, self_attention
+from crate.rates import merge_heads, split_heads, subspace_gradient
 
-VARIANTS = {name: row[-1] for name, row in VARIANT_TABLE.items()}
+
+class Variant(NamedTuple):
+    """A model type: its layer is Y = Z + sign (output matrix) (heads), then Z' = sparsification of Y, LayerNorm before each."""
+
+    sign: float
+    heads: str  # a key of HEADS
+    output: str  # "U" or "U^T" (tied), "W" (learned), "random" (fixed) or "I"
+    sparsification: str  # "ISTA" or "MLP"
+    description: str
+
+
+VARIANTS = {
+    "crate-c": Variant(+1, "U", "U", "ISTA", "CRATE-C(onceptual), Eq. 8: Z + MSSA(Z; U), output matrix U, tied"),
+    "crate-n": Variant(-1, "U", "U", "ISTA", "CRATE-N(egative), Eq. 9: Z - MSSA(Z; U), output matrix U, tied"),
+    "crate-t": Variant(+1, "U", "U^T", "ISTA", "CRATE-T(ranspose), Eq. 10: output matrix U^T, tied"),
+    "crate": Variant(+1, "U", "W", "ISTA", "CRATE: output matrix W, learned (with bias, as released)"),
+    "crate-fix": Variant(+1, "U", "random", "ISTA", "CRATE-Fix, Table 3: output matrix random and fixed"),
+    "crate-identity": Variant(+1, "U", "I", "ISTA", "CRATE-Identity, Table 3: output matrix I"),
+    "crate-e": Variant(-1, "exact", "U", "ISTA", "CRATE-E(xact), not in the paper: the gradient step on R^c of Eq. 6"),
+    "vit": Variant(+1, "QKV", "W", "MLP", "ViT, not in the paper: a standard pre-norm transformer, MLP ratio 4"),
+}
+
+
+# What the heads are: functions of (mssa, tokens (B, N, d), first, p) that give (B, K, N, p), or of the first tokens alone.
+# p is the probability with which an attention weight is dropped.
+
+
+def subspace_heads(mssa, tokens, first, p):
+    """Eq. 4: V_k softmax(V_k^T V_k) with V_k = U_k^T Z."""
+    V = split_heads(mssa.U(tokens), mssa.heads)
+    if first is None:
+        return self_attention(V, mssa.scale, p)
+    return F.scaled_dot_product_attention(V[..., :first, :], V, V, dropout_p=p, scale=mssa.scale)
+
+
+def exact_heads(mssa, tokens, first, p):
+    """The heads' part of grad R^c (Eq. 6). There is no softmax, so none of its dropout."""
+    return subspace_gradient(split_heads(mssa.U(tokens), mssa.heads))[..., :first, :]
+
+
+def standard_heads(mssa, tokens, first, p):
+    """A standard transformer's attention, whose query matrix is U."""
+    query, key, value = (split_heads(matrix(tokens), mssa.heads) for matrix in (mssa.U, mssa.key, mssa.value))
+    return F.scaled_dot_product_attention(query[..., :first, :], key, value, dropout_p=p, scale=mssa.scale)
+
+
+HEADS = {"U": subspace_heads, "exact": exact_heads, "QKV": standard_heads}
+
+
+class MSSA(nn.Module):
+    """Multi-head subspace self-attention (Eq. 4): heads V_k = U_k^T Z attend to themselves, an output matrix merges them.
+
+    heads_from: a key of HEADS. output: as in Variant. temperature of the softmax: "sqrt-p", as in the released CRATE, or
+    "none", as Eq. 4 is written.
+    """
+
+    def __init__(self, *, width, heads, output, heads_from="U", dropout=0.0, temperature="sqrt-p"):
+        super().__init__()
+        self.heads, self.output, self.dropout = heads, output, dropout
+        self.attend = HEADS[heads_from]
+        self.scale = (width // heads) ** -0.5 if temperature == "sqrt-p" else 1.0
+        self.U = nn.Linear(width, width, bias=False)  # weight = [U_1 .. U_K]^T
+        if heads_from == "QKV":
+            self.key, self.value = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.W = nn.Linear(width, width) if output == "W" else None
+        if output == "random":
+            self.register_buffer("fixed", nn.Linear(width, width, bias=False).weight.detach())
+
+    def merge(self, stacked):
+        """The output matrix times the heads side by side, (B, N, d)."""
+        if self.output == "U":
+            return stacked @ self.U.weight
+        if self.output == "U^T":
+            return self.U(stacked)
+        if self.output == "W":
+            return self.W(stacked)
+        if self.output == "random":
+            return F.linear(stacked, self.fixed)
+        return stacked
+
+    def forward(self, tokens, first=None):
+        """(B, N, d) -> (B, N, d), or (B, first, d): the first tokens alone, which still attend to all."""
+        p = self.dropout if self.training else 0.0
+        heads = self.attend(self, tokens, first, p)  # (B, K, N, p)
+        return dropout(self.merge(merge_heads(heads)), p)
+
+
+class ISTA(nn.Module):
+    """One step of ISTA (Eq. 3): ReLU(Y + beta D^T (Y - D Y) - beta lambda 1), with beta and lambda of the released CRATE.
+
+    Y + beta D^T (Y - D Y) = M Y with M = I + beta D^T (I - D): one matrix per step, one product per token.
+    """
+
+    def __init__(self, width, ista_beta=0.1, ista_lambda=0.1):
+        super().__init__()
+        self.beta, self.threshold = ista_beta, ista_beta * ista_lambda
+        self.D = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(width, width)))
+
+    def matrix(self):
+        """M (d, d), in the parameter's precision whatever autocast says."""
+        identity = torch.eye(len(self.D), dtype=self.D.dtype, device=self.D.device)
+        with full_precision(self.D.device.type):
+            return identity + self.beta * (self.D.mT @ (identity - self.D))
+
+    def forward(self, tokens):
+        return F.relu(F.linear(tokens, self.matrix(), self.D.new_full((len(self.D),), -self.threshold)))
+
+
+class MLP(nn.Sequential):
+    """A standard transformer's second half: Linear, GELU, Linear with four times the width in between."""
+
+    def __init__(self, width):
+        super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+class Layer(nn.Module):
+    """Y = Z + sign MSSA(LN(Z)) (Eq. 8; Eq. 9 with sign -1), Z' = ISTA(LN(Y)) (Eq. 3); alpha = gamma = 1.
+
+    In vit, Z' = Y + MLP(LN(Y)).
+    """
+
+    def __init__(self, variant, *, width, heads, dropout=0.0, temperature="sqrt-p", **ista):
+        super().__init__()
+        self.sign = variant.sign
+        self.norm1 = nn.LayerNorm(width)
+        options = {"dropout": dropout, "temperature": temperature}
+        self.mssa = MSSA(width=width, heads=heads, output=variant.output, heads_from=variant.heads, **options)
+        self.norm2 = nn.LayerNorm(width)
+        self.ista = ISTA(width, **ista) if variant.sparsification == "ISTA" else None
+        self.mlp = MLP(width) if variant.sparsification == "MLP" else None
+
+    def compress(self, tokens, first=None):
+        return torch.add(tokens[..., :first, :], self.mssa(self.norm1(tokens), first), alpha=self.sign)
+
+    def sparsify(self, tokens):
+        if self.mlp is not None:
+            return tokens + self.mlp(self.norm2(tokens))
+        return self.ista(self.norm2(tokens))
+
+    def forward(self, tokens, first=None):
+        """(B, N, d) -> (B, N, d), or the first tokens of that alone, (B, first, d)."""
+        return self.sparsify(self.compress(tokens, first))
 
 
 class CRATE(nn.Module):
@@ -19,17 +161,18 @@ class CRATE(nn.Module):
 
     Dropout sits after the positions, after the softmax and after MSSA's output projection (Section 5).
     Images are (B, C, H, W) with H = W = image_size; a patch is flattened as (row, column, channel).
-    `options` are those of crate.layers.Layer.
     """
 
-    def __init__(self, name, *, image_size, patch_size, channels, classes, width, depth, heads, dropout=0.0, **options):
+    def __init__(self, variant, *, image_size, patch_size, channels, classes, width, depth, heads, dropout=0.0, **options):
         super().__init__()
         patch_dim, tokens = patch_size**2 * channels, (image_size // patch_size) ** 2
         self.patch_size, self.heads, self.dropout = patch_size, heads, dropout
         self.patch_embedding = nn.Sequential(nn.LayerNorm(patch_dim), nn.Linear(patch_dim, width), nn.LayerNorm(width))
         self.cls_token = nn.Parameter(torch.randn(1, 1, width))
         self.pos_embedding = nn.Parameter(torch.randn(1, tokens + 1, width))
-        self.layers = nn.ModuleList([Layer(name, width=width, heads=heads, dropout=dropout, **options) for _ in range(depth)])
+        self.layers = nn.ModuleList(
+            [Layer(variant, width=width, heads=heads, dropout=dropout, **options) for _ in range(depth)]
+        )
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
 
     def embed(self, images):
@@ -42,17 +185,12 @@ class CRATE(nn.Module):
         tokens = torch.cat([cls, tokens], dim=1) + self.pos_embedding
         return dropout(tokens, self.dropout if self.training else 0.0)
 
-    def forward_with_outputs(self, images):
-        """Logits (B, classes) and the L layer outputs Z^1..Z^L, each (B, N + 1, d), in one pass."""
-        tokens, outputs = self.embed(images), []
-        for layer in self.layers:
-            tokens = layer(tokens)
-            outputs.append(tokens)
-        return self.head(tokens[:, 0]), outputs
-
     def layer_outputs(self, images):
         """Z^1..Z^L, each (B, N + 1, d)."""
-        return self.forward_with_outputs(images)[1]
+        outputs = [self.embed(images)]
+        for layer in self.layers:
+            outputs.append(layer(outputs[-1]))
+        return outputs[1:]
 
     def forward(self, images):
         """Logits (B, classes). The head reads CLS alone, so the last layer makes no other token."""
@@ -63,74 +201,29 @@ class CRATE(nn.Module):
 
 
 def build_model(name, *, image_size, patch_size, channels, classes, width, depth, heads, dropout=0.0, **options):
-    """A randomly initialised model of VARIANTS. Raises InputError where the name is unknown or sizes don't fit.
+    """A randomly initialised model of VARIANTS.
 
-    `options`: temperature of the softmax, step size beta and sparsity lambda of ISTA (crate.layers.Layer).
+    options: temperature of the softmax ("sqrt-p" or "none"), ista_beta and ista_lambda, the step size and lambda of ISTA.
+    Raises ValueError where the name is unknown or sizes don't fit.
     """
     if name not in VARIANTS:
-        raise InputError(f"--model {name}: unknown; choose from {', '.join(VARIANTS)}")
+        raise ValueError(f"model {name} is unknown; choose from {', '.join(VARIANTS)}")
     if heads < 1 or width % heads:
-        raise InputError(f"--width {width} is not divisible by --heads {heads}")
+        raise ValueError(f"width {width} is not divisible by heads {heads}")
     if patch_size < 1 or image_size % patch_size:
-        raise InputError(f"--image-size {image_size} is not divisible by --patch-size {patch_size}")
+        raise ValueError(f"image size {image_size} is not divisible by patch size {patch_size}")
+    if depth < 1:
+        raise ValueError(f"depth {depth}: there must be at least one layer")
     if not 0 <= dropout < 1:
-        raise InputError(f"--dropout {dropout}: must be at least 0 and below 1")
+        raise ValueError(f"dropout {dropout}: must be at least 0 and below 1")
     return CRATE(
-        name, image_size=image_size, patch_size=patch_size, channels=channels, classes=classes,
+        VARIANTS[name], image_size=image_size, patch_size=patch_size, channels=channels, classes=classes,
         width=width, depth=depth, heads=heads, dropout=dropout, **options,
     )  # fmt: skip
 
 
-def model_from_config(config):
-    """The model that a run's config.json describes."""
-    sizes = ("image_size", "patch_size", "channels", "classes", "width", "depth", "heads", "dropout")
-    options = {"temperature": config["temperature"], "beta": config["ista_beta"], "sparsity": config["ista_lambda"]}
-    return build_model(config["model"], **{key: config[key] for key in sizes}, **options)
-
-
-# The released CRATE's parameter names, in terms of ours.
-RELEASED = {
-    r"to_patch_embedding\.1\.": "patch_embedding.0.",
-    r"to_patch_embedding\.2\.": "patch_embedding.1.",
-    r"to_patch_embedding\.3\.": "patch_embedding.2.",
-    r"transformer\.layers\.(\d+)\.0\.norm\.": r"layers.\1.norm1.",
-    r"transformer\.layers\.(\d+)\.0\.fn\.qkv\.": r"layers.\1.mssa.U.",
-    r"transformer\.layers\.(\d+)\.0\.fn\.to_out\.0\.": r"layers.\1.mssa.W.",
-    r"transformer\.layers\.(\d+)\.1\.norm\.": r"layers.\1.norm2.",
-    r"transformer\.layers\.(\d+)\.1\.fn\.weight$": r"layers.\1.ista.D",
-    r"mlp_head\.": "head.",
-}
-
-
 def from_released_crate(state_dict, heads):
-    """The model a released CRATE checkpoint describes; its sizes are read off the weights.
+    """The model in a released CRATE checkpoint: see crate/released.py."""
+    from crate.released import from_released_crate
 
-    `state_dict` maps the released names to tensors; an entry "state_dict" is unwrapped, a prefix "module." dropped.
-    Raises InputError where a name is missing or unknown or a shape doesn't fit.
-    """
-    renamed = {}
-    for name, tensor in state_dict.get("state_dict", state_dict).items():
-        name = name.removeprefix("module.")
-        for pattern, ours in RELEASED.items():
-            name = re.sub("^" + pattern, ours, name)
-        renamed[name] = tensor
-    try:
-        _, patch_dim = renamed["patch_embedding.1.weight"].shape
-        _, tokens, width = renamed["pos_embedding"].shape
-        classes, _ = renamed["head.1.weight"].shape
-        if min(patch_dim, width, classes, tokens - 1) < 1:
-            raise ValueError("a size")
-    except (KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"not a released CRATE checkpoint: {error} is missing or malformed")
-    channels = 3 if math.isqrt(patch_dim // 3) ** 2 * 3 == patch_dim else 1  # 3 p^2 is never a square
-    patch_size = math.isqrt(patch_dim // channels)
-    depth = len({name.split(".")[1] for name in renamed if name.startswith("layers.")})
-    model = build_model(
-        "crate", image_size=patch_size * math.isqrt(tokens - 1), patch_size=patch_size, channels=channels,
-        classes=classes, width=width, depth=depth, heads=heads,
-    )  # fmt: skip
-    try:
-        model.load_state_dict(renamed)
-    except RuntimeError as error:
-        raise InputError("not a released CRATE checkpoint: " + " ".join(str(error).split()))
-    return model
+    return from_released_crate(state_dict, heads)

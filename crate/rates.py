@@ -4,27 +4,19 @@ Tokens are rows, `(..., N, d)`: the transpose of the paper's Z in R^{d x N}. U i
 All of it runs in float32 or float64 with autocast and TF32 off: half-precision Gram matrices lose positive definiteness.
 """
 
-from contextlib import contextmanager
-
 import torch
 from torch.autograd.function import once_differentiable
 
+from crate.kernels import full_precision
 
-@contextmanager
-def full_precision(device_type):
-    """Autocast and TF32 off."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+TOLERANCE = 1e-4  # of a rate in float32, relative, or in nats where the rate is below 1
 
 
 def full(tensor):
     """The tensor in float32, or float64 if it is that already."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    if tensor.dtype == torch.float64:
+        return tensor
+    return tensor.float()
 
 
 def split_heads(tokens, heads):
@@ -37,32 +29,55 @@ def merge_heads(tokens):
     return tokens.transpose(-3, -2).flatten(-2)
 
 
-def _factor(tokens, coefficient, features=False):
-    """Cholesky factor of I + coefficient Z^T Z on the smaller side or that of the features, (..., n, n), n = min(N, d) or d."""
-    N, d = tokens.shape[-2:]
-    rows, columns = (tokens.mT, tokens) if features or N > d else (tokens, tokens.mT)
+def _cholesky(tokens, coefficient, side):
+    """The Cholesky factor L of I + coefficient Z^T Z (..., n, n), n = N ("tokens") or d ("features"), and whether it failed.
+
+    Also the estimated error of log det L: rounding the Gram matrix g moves the squared pivot L_ii^2 by about eps g_ii.
+    """
+    rows, columns = (tokens, tokens.mT) if side == "tokens" else (tokens.mT, tokens)
     gram = coefficient * (rows @ columns)
     gram.diagonal(dim1=-2, dim2=-1).add_(1)
     factor, info = torch.linalg.cholesky_ex(gram)
-    failed = (info != 0) | factor.diagonal(dim1=-2, dim2=-1).isinf().any(-1)  # an infinite 1 x 1 Gram has a root
-    if gram.is_cuda:  # a check here would wait for the device: let NaN travel to the loss, which is checked per epoch
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    failed = (info != 0) | pivots.isinf().any(-1)  # an infinite 1 x 1 Gram matrix has a root
+    error = torch.finfo(gram.dtype).eps / 2 * (gram.diagonal(dim1=-2, dim2=-1) / pivots.square()).sum(-1)
+    return factor, failed, error
+
+
+def _factor(tokens, coefficient, side=None):
+    """The Cholesky factor of I + coefficient Z^T Z on the smaller side, or on `side`, in float32 or float64.
+
+    float32 where that is accurate. Nearly equal tokens of a large norm need float64, and on CUDA, where asking would mean to
+    wait for the device, and in compiled code, everything is float64: these matrices are small.
+    """
+    side = side or ("tokens" if tokens.shape[-2] <= tokens.shape[-1] else "features")
+    never_ask = tokens.is_cuda or torch.compiler.is_compiling()
+    if tokens.dtype == torch.float32 and not never_ask:
+        factor, failed, error = _cholesky(tokens, coefficient, side)
+        rate = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        if not (failed | (error > TOLERANCE * rate.clamp(min=1))).any():
+            return factor
+    factor, failed, _ = _cholesky(tokens.double(), coefficient, side)
+    if never_ask:  # let NaN travel to the loss, which is checked once an epoch
         return factor.masked_fill(failed[..., None, None], torch.nan)
     if failed.any():
-        raise ValueError("I + c Z^T Z is not positive definite: the tokens are not finite or far too large")
+        raise ValueError("I + c Z^T Z is not positive definite: the tokens are not finite")
     return factor
 
 
-def _gradient(tokens, factor, coefficient):
-    """c Z (I + c Z^T Z)^{-1}, from the factor of either side.
-
-    The inverse and a product: solving for every token takes up to five times as long, at the same accuracy.
-    """
-    inverse = torch.cholesky_inverse(factor)
-    return coefficient * (inverse @ tokens if tokens.shape[-2] <= tokens.shape[-1] else tokens @ inverse)
+def _inverse(factor):
+    """(L L^T)^{-1} of the factor L. On CUDA torch.cholesky_inverse may wait for the device (MAGMA, torch 2.11)."""
+    if not factor.is_cuda:
+        return torch.cholesky_inverse(factor)
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    half = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    return half.mT @ half
 
 
 class _CodingRate(torch.autograd.Function):
-    """The closed-form gradient needs the factor that the value needed, and nothing else; autograd would redo the work."""
+    """The closed-form gradient c Z (I + c Z^T Z)^{-1} needs the factor that the value needed, and nothing else; autograd would
+    redo the work. An inverse and a product: solving for every token takes up to five times as long, at the same accuracy.
+    """
 
     @staticmethod
     def forward(context, tokens, coefficient):
@@ -70,14 +85,16 @@ class _CodingRate(torch.autograd.Function):
             factor = _factor(tokens, coefficient)
         context.save_for_backward(tokens, factor)
         context.coefficient = coefficient
-        return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(tokens.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(context, upstream):
         tokens, factor = context.saved_tensors
         with full_precision(tokens.device.type):
-            return upstream[..., None, None] * _gradient(tokens, factor, context.coefficient), None
+            inverse, Z = _inverse(factor), tokens.to(factor.dtype)
+            gradient = inverse @ Z if tokens.shape[-2] <= tokens.shape[-1] else Z @ inverse
+            return (context.coefficient * upstream[..., None, None] * gradient).to(tokens.dtype), None
 
 
 def coding_rate(tokens, coefficient):
@@ -90,7 +107,10 @@ def coding_rate(tokens, coefficient):
 
 
 def subspace_coding_rate(tokens, U, heads, gamma=1.0):
-    """R^c(Z; U) = sum_k 1/2 logdet(I + gamma (U_k^T Z)^T U_k^T Z) (Eq. 1) of tokens (..., N, d): (...), in nats."""
+    """R^c(Z; U) = sum_k 1/2 logdet(I + gamma (U_k^T Z)^T U_k^T Z) (Eq. 1) of tokens (..., N, d): (...), in nats.
+
+    Differentiable once in tokens and U (d, d). Raises ValueError as coding_rate does.
+    """
     with full_precision(tokens.device.type):
         V = full(tokens) @ full(U)
     return coding_rate(split_heads(V, heads), gamma).sum(-1)
@@ -105,7 +125,7 @@ class _SubspaceGradient(torch.autograd.Function):
     @staticmethod
     def forward(context, V, gamma):
         with full_precision(V.device.type):
-            inverse = torch.cholesky_inverse(_factor(V, gamma, features=True))
+            inverse = _inverse(_factor(V, gamma, side="features")).to(V.dtype)
             gradient = gamma * V @ inverse
         context.save_for_backward(V, inverse, gradient)
         context.gamma = gamma
@@ -142,8 +162,8 @@ def expansion_gradient(tokens, U, heads, gamma=1.0, orders=(1, 2)):
     """
     with full_precision(tokens.device.type):
         V = split_heads(full(tokens) @ full(U), heads)  # (..., K, N, p)
-        first, second = gamma * V, gamma**2 * V @ (V.mT @ V)
-        return merge_heads((1 in orders) * first - (2 in orders) * second) @ full(U).mT
+        terms = {1: gamma * V, 2: -(gamma**2) * V @ (V.mT @ V)}
+        return merge_heads(sum((terms[order] for order in orders), torch.zeros_like(V))) @ full(U).mT
 
 
 def taylor_bound(tokens, U, heads, gamma=1.0):
@@ -152,6 +172,15 @@ def taylor_bound(tokens, U, heads, gamma=1.0):
         V = split_heads(full(tokens) @ full(U), heads)
         gram = V.mT @ V
         return gamma / 2 * V.square().sum((-3, -2, -1)) - gamma**2 / 4 * gram.square().sum((-3, -2, -1))
+
+
+def at_norm_of(tokens, reference):
+    """Tokens (..., N, d) scaled to the Frobenius norm of `reference`, per image. Zero tokens stay zero.
+
+    Rates grow with the tokens' norm: this separates how they are arranged from how large they are.
+    """
+    norms = [torch.linalg.matrix_norm(full(Z))[..., None, None] for Z in (reference, tokens)]
+    return full(tokens) * (norms[0] / norms[1].clamp(min=torch.finfo(norms[1].dtype).tiny))
 
 
 def log_approximations(x):

@@ -1,295 +1,431 @@
-"""REPORT.md out of run folders: `python -m crate.report --runs runs/laptop --results results/digits`.
+"""REPORT.md out of run folders: `python -m crate.report runs/laptop`.
 
-First the run folders become tables, runs.csv, layers.csv and operators.csv; then the tables in --results and --attention, and
-nothing else, become REPORT.md and figures/. Without --runs the second half alone is done: a report rebuilt from its tables.
+First the runs, RUNS/EXPERIMENT/RUN, become the tables runs.csv, layers.csv and operators.csv in --results. Then the tables
+there, those of the other scripts too, and nothing else, become REPORT.md, claims.csv and figures/. Without RUNS the second half
+alone is done: a report rebuilt from its tables. What the report wrote before goes. An experiment's folder says what it is:
+
+    grid      Section 5's models (Table 4)             table2, table2-..   SRR in the loss, one data set each (Figs. 2, 3)
+    table3    other output matrices                    table6              the SRR of other layers
+    layers    twelve layers at initialisation          intervention        eta and the seed alone differ
 """
 
-import json
-import os
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from crate import claims, tables
-from crate.claims import nested
-from crate.cli import InputError, Parser, output_folder, run
-from crate.config import DEFAULTS, VARIANT_TABLE
-from crate.files import markdown_table, read_csv, write_csv, write_text
-from crate.runs import finished_run
+from crate import claims, figures
+from crate.cli import InputError, Parser, one_line, output_folder, path, run
+from crate.compression import RULES
+from crate.files import markdown_table, write_text
+from crate.model import VARIANTS
+from crate.runs import DEFAULTS, read_log, read_run
+from crate.statistics import holm
 
-COLUMNS = (*DEFAULTS, "preset", "device", "amp", "parameters", "commit", "command")
-RESULTS = (
-    "reached_target", "epochs", "steps", "train_loss", "train_accuracy",
-    "val_loss", "val_accuracy", "gap", "gap_accuracy", "seconds",
-)  # fmt: skip
+RUN, PARTS = ["experiment", "run"], ["l0", "rate_subspaces", "rate", "srr"]
+ORIGIN = ["preset", "device", "amp", "parameters", "commit", "command"]
+COLUMNS = {  # that the report needs of a table
+    "runs": [*RUN, *ORIGIN, *DEFAULTS, "reached_target", "val_accuracy", "gap", "srr", "seconds", "torch", "processor"],
+    "layers": [*RUN, "epoch", "images", "layer", *PARTS],
+    "operators": [*RUN, "epoch", "layer", "point", "rate_subspaces", "rate_subspaces_equal_norm"],
+    "rates": ["rule", "seed", "layer", "before", "after", "after_equal_norm", "overflow"],
+    "correlation": ["measure", "models", "tau", "tau_low", "tau_high", "p_value"],
+    "claims": ["section", "claim", "note", "claimed", "number", "low", "high", "verdict"],
+}
+FIGURES = ("fig_2*.png", "layers.png", "intervention.png")  # that it draws
+SRR = r"SRR measure, $\lambda ||Z||_0 + R^c - R$"
+OPERATORS = {"compressed": "attention step", "normalised": "LayerNorm", "output": "ISTA (vit: MLP)"}
 
-CLAIMS = """A claim *holds* where the whole 95 % interval of its number is on the claimed side, is *contradicted* where it is on
-the other side, and is *undecided* else (crate/claims.py). Intervals are t intervals over seeds; those of rank correlations are
-bootstraps.
+NORMS = """Raw R^c grows with the tokens' norm, so a step that only stretches them raises it; the paper's numbers are raw. At
+equal norm the tokens are scaled back to the Frobenius norm that they had before the step: their arrangement alone counts.
 """
-HELD_OUT = "Bold: the best above 0 by mean accuracy on held-out training images; validation images play no part in it.\n"
 ACCURACY = "Validation accuracy in % after the last epoch, mean ± standard deviation over seeds; differences paired by seed.\n"
 # What the paper says, beside what the runs say.
 PAPER = {
-    "4.1": "The paper: (a) falls at every layer, (b), (d) and (e) rise.\n",
+    "4.1": "The paper: the exact gradient (a) lowers R^c at every layer, (b), (d) and (e) raise it.\n",
     "4.3": """The paper: at initialisation SRR falls over about the first 9 of 12 layers, then rises; with training it rises at
 every layer, but for a rare exception in the last layers of CRATE-C. That the ReLU compresses is its conjecture.
 """,
     "5": """The paper: at the smaller width SRR has the highest tau (0.445) and wins on the model-type axis; products and sums
 of norms and path-norm correlate negatively, 1/margin and PAC-Bayes flatness positively and strongly. At the larger width SRR
-is slightly best, below PAC-Bayes flatness on dropout and model type.
+is slightly best, below PAC-Bayes flatness on dropout and model type. An interval over models says nothing of a fifth type.
 """,
-    "Table 2": "The paper: every variant gains on both data sets with SRR of the last layer alone, at eta = 0.001.\n",
-    "Table 3": "The paper: CRATE-N beats CRATE-C; CRATE-T nearly closes the gap to CRATE with no extra parameter.\n",
-    "Table 6": "The paper: a random layer is worse than a fixed one; shallower layers may gain more.\n",
+    "study": "Beyond the paper: settings drawn at random, each run with a seed of its own, ranked within model types.\n",
+    "intervention": "Beyond the paper: only eta differs, and moves SRR. If SRR is what makes the gap, the gap follows it.\n",
+    "2": "The paper: every variant gains on both data sets with SRR of the last layer alone, at eta = 0.001.\n",
+    "3": "The paper: CRATE-N beats CRATE-C; CRATE-T nearly closes the gap to CRATE with no extra parameter.\n",
+    "6": "The paper: a random layer is worse than a fixed one; shallower layers may gain more.\n",
 }
 
-# The points of crate.srr.operator_rates before and after every operator.
-STEPS = {"attention step": ("input", "compressed"), "LayerNorm": ("compressed", "normalised"), "ISTA": ("normalised", "output")}
-STEPS_OF_VIT = {"attention step": ("input", "compressed"), "MLP": ("compressed", "output")}
+
+def rows_of(folder):
+    """What a finished run adds to the tables, {table: rows}; layer-wise rates only without SRR in the loss."""
+    (config, result), log = read_run(folder), read_log(folder)
+    where = {"experiment": folder.parent.name, "run": folder.name}
+    row = where | {key: config[key] for key in (*DEFAULTS, *ORIGIN)}
+    row["max_epochs"] = row["epochs"]  # the result's epochs are those that it took
+    row |= {key: value for key, value in result.items() if not isinstance(value, (str, list))}
+    row |= {"torch": config["versions"]["torch"], "processor": "{processor}, {cores} cores".format(**config["versions"])}
+
+    def logged(epoch, key):
+        return [] if epoch.get(key) is None else epoch[key]
+
+    row["srr"] = pd.Series([parts["srr"] for parts in logged(log[-1], "srr")], dtype=float).mean()  # Eq. 11, at the end
+    tables = {"runs": [row], "layers": [], "operators": []}
+    if config["srr_reg"] or not folder.parent.name.startswith(("table2", "table3", "layers")):
+        return tables
+    for epoch in log:
+        here = where | {"epoch": epoch["epoch"]}
+        for images, key in (("train", "srr"), ("val", "srr_val")):
+            for layer, parts in enumerate(logged(epoch, key), start=1):
+                tables["layers"].append(here | {"images": images, "layer": layer} | parts)
+        for layer, points in enumerate(logged(epoch, "operators"), start=1):
+            tables["operators"] += [here | {"layer": layer, "point": point} | parts for point, parts in points.items()]
+    return tables
 
 
 def collect(runs, results):
-    """Write runs.csv (a row per finished run), layers.csv (layer-wise SRR by epoch) and operators.csv from the run folders.
+    """Write runs.csv (a row per finished run), layers.csv and operators.csv to `results`.
 
-    The last two hold the unregularised runs alone, which the figures compare, with 7 digits: float32 has no more.
+    A run that can't be read is named on stderr and left out. Raises InputError where none is left.
     """
-    rows, layers, operators = [], [], []
-
-    def parts(where, values):
-        return where | {key: float(f"{value:.7g}") for key, value in values.items()}
-
-    for path in sorted(Path(runs).glob("*/result.json")):
-        config, result = finished_run(path.parent)
-        row = {"run": path.parent.name} | {key: config.get(key, "") for key in COLUMNS}
-        row["max_epochs"] = row.pop("epochs")
-        row |= {key: result[key] for key in RESULTS} | {"torch": config["versions"]["torch"]}
-        row["processor"] = "{processor}, {cores} cores".format(**config["versions"])
-        rows.append(row)
-        if any(config[key] for key in ("hold_out", "srr_reg", "weight_decay", "dropout")):
-            continue
-        for epoch in map(json.loads, path.with_name("log.jsonl").read_text().splitlines()):
-            where = {"run": path.parent.name, "epoch": epoch["epoch"]}
-            for images, key in (("train", "srr"), ("val", "srr_val")):
-                layers += [parts(where | {"images": images, "layer": l}, of) for l, of in enumerate(epoch.get(key, []), 1)]
-            for l, points in enumerate(epoch.get("operators", []), 1):
-                operators += [parts(where | {"layer": l, "point": point}, of) for point, of in points.items()]
-    if not rows:
-        raise InputError(f"--runs {runs}: no finished run there; train first")
-    for name, table in (("runs", rows), ("layers", layers), ("operators", operators)):
-        path = Path(results) / f"{name}.csv"
-        write_csv(path, table) if table else path.unlink(missing_ok=True)  # one from other runs would be mixed in
+    tables = {"runs": [], "layers": [], "operators": []}
+    for folder in sorted(file.parent for file in runs.glob("*/*/result.json")):
+        try:
+            for name, rows in rows_of(folder).items():
+                tables[name] += rows
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = f"no {error} in its files" if isinstance(error, KeyError) else error
+            print(f"left out: {one_line(reason, folder)}", file=sys.stderr)
+    if not tables["runs"]:
+        raise InputError(f"{runs}: no finished run there; name the folder above the experiments, such as runs/laptop")
+    output_folder(results, "--results")
+    for name, rows in tables.items():
+        table = pd.DataFrame(rows, columns=None if rows else COLUMNS[name])
+        digits = None if name == "runs" else "%.7g"  # float32 has no more
+        write_text(results / f"{name}.csv", table.to_csv(index=False, float_format=digits))
 
 
-def read_typed(path):
-    """The rows of a CSV, with ints, floats, True, False and None (an empty cell) for their text; none where it is missing."""
-
-    def typed(text):
-        for kind in (int, float):
-            try:
-                return kind(text)
-            except ValueError:
-                pass
-        return {"True": True, "False": False, "": None}.get(text, text)
-
-    rows = read_csv(path) if path.exists() else []
-    return [{key: typed(text) for key, text in row.items()} for row in rows]
-
-
-def with_run(table, rows):
-    """The rows of layers.csv or operators.csv of the runs `rows`, with model, seed and depth, ordered by model and epoch."""
-    runs = {row["run"]: {key: row[key] for key in ("model", "seed", "depth")} for row in rows}
-    own = [row | runs[row["run"]] for row in table if row["run"] in runs]
-    models = list(VARIANT_TABLE)
-    return sorted(own, key=lambda row: (models.index(row["model"]), row["epoch"]))
+def read_table(file):
+    """The CSV `file`, or a table without rows where there is none. Raises InputError where columns are missing."""
+    columns = COLUMNS[file.stem]
+    if not file.exists():
+        return pd.DataFrame(columns=columns)
+    try:
+        table = pd.read_csv(file, dtype={"srr_layer": str, "section": str, "note": str})
+    except ValueError as error:
+        raise InputError(f"{file}: not a table ({error})")
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise InputError(f"{file}: has no column {', '.join(missing)}; make it anew")
+    return table
 
 
-def layer_figures(layers, operators, folder):
-    """Layer-wise SRR by epoch, its parts (Figs. 2, 3), and what each operator changes, drawn to `folder`."""
-    from crate import figures
+def section(title, about, *parts):
+    """A section in Markdown, a list; an empty one where all its parts are empty. `about` says what the paper says."""
+    return [f"## {title}\n", *filter(None, (about, *parts))] if any(parts) else []
 
-    layers = [
-        row | {"when": f"epoch {row['epoch']}" if row["epoch"] else "at initialisation"}
-        for row in layers
-        if row["model"] in (*claims.MAIN, "crate-e")
+
+def image(results, name, caption):
+    """Markdown of the figure `name` in `results`, or nothing where it wasn't drawn."""
+    return f"![{caption}]({name})\n\n*{caption}*\n" if (results / name).exists() else ""
+
+
+def markdown(table, order):
+    """A DataFrame in Markdown, its index first, whose first level is brought in order; nothing where it has no rows."""
+    table = table.loc[[name for name in order if name in table.index.get_level_values(0)]].reset_index()
+    return markdown_table(table.columns, table.itertuples(index=False)) if len(table) else ""
+
+
+def spread(values):
+    """Mean and standard deviation of a Series with one value per seed, as text."""
+    values = values.dropna()
+    if len(values) < 2:
+        return f"{values.iloc[0]:.2f} (n = 1)" if len(values) else "-"
+    return f"{values.mean():.2f} ± {values.std():.2f} (n = {len(values)})"
+
+
+def with_interval(number, low, high, form="+.2f"):
+    """A number and its interval, if it has one, as text."""
+    if not np.isfinite(low):
+        return f"{number:{form}}" if np.isfinite(number) else "-"
+    return f"{number:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def attention_table(rates):
+    """R^c around the steps of each update rule, raw and at equal norm, mean ± standard deviation over seeds (Figs. 1, 5)."""
+    rates, lines = rates.astype(dict.fromkeys(("before", *claims.NORMS), float)), []
+    for rule, (title, _) in RULES.items():
+        own = rates[rates["rule"] == rule]
+        first, last = own[own["layer"] == 1], own.dropna(subset="after").groupby("seed").last()
+        cells = [spread(first[column]) for column in ("before", *claims.NORMS)] + [spread(last["after"])]
+        for norm in claims.NORMS:
+            change = own[norm] - own["before"]
+            cells.append(f"{(change > claims.ROUNDING * own['before']).sum()} of {change.count()}")
+        overflow = own.loc[own["overflow"].astype(bool), "layer"]
+        lines.append([title, *cells, overflow.min() if len(overflow) else "never"])
+    header = ["update", "R^c before layer 1", "after it", "at equal norm", "after the last layer"]
+    return markdown_table([*header, "steps that raise R^c", "at equal norm", "overflow at layer"], lines) + "\n" + NORMS
+
+
+def attention_section(results):
+    """Section 4.1: (claims, Markdown)."""
+    rates = read_table(results / "attention_only/rates.csv")
+    return claims.attention_claims(rates), section(
+        "Does a compression step lower R^c? (Section 4.1)", PAPER["4.1"], attention_table(rates) if len(rates) else "",
+        image(results, "attention_only/fig_1a.png", "R^c around CRATE-C's attention step, by layer (Fig. 1a)"),
+        image(results, "attention_only/fig_1b.png", "The logarithm and its expansions (Fig. 1b)"),
+        image(results, "attention_only/fig_5.png", "R^c around each update, by layer (Fig. 5, and CRATE-N)"),
+    )  # fmt: skip
+
+
+def data_sets(runs):
+    """{experiment: (words for it, experiments that belong together)} of table2 and those such as table2-cifar100."""
+    others = sorted(name for name in set(runs["experiment"]) if name.startswith("table2") and name != "table2")
+    others = {name: (", " + name.removeprefix("table2").strip("-_"), [name]) for name in others}
+    return {"table2": ("", ["table2", "table3"])} | others
+
+
+def layers_section(results, runs):
+    """Section 4.3: (claims, Markdown)."""
+    about, found, parts = runs[[*RUN, "model", "seed", "width", "depth"]], [], []
+    layers, operators = (about.merge(read_table(results / f"{name}.csv"), on=RUN) for name in ("layers", "operators"))
+    layers["when"] = [f"epoch {epoch}" if epoch else "at initialisation" for epoch in layers["epoch"]]
+    layers["size"] = [f"d = {d}, L = {L}" for d, L in zip(layers["width"], layers["depth"])]
+
+    def draw(name, caption, rows, panel, line, value="srr", **options):
+        groups = rows.groupby([panel, line, "layer"], sort=False)[value]
+        means = [(*key, *claims.mean_interval(values)) for key, values in groups]
+        means = pd.DataFrame(means, columns=["panel", "line", "layer", "mean", "low", "high"])
+        figures.by_layer(means, results / f"figures/{name}.png", **options)
+        parts.append(image(results, f"figures/{name}.png", f"{caption}; mean over seeds, 95 % interval"))
+
+    initial = layers.query("epoch == 0 and images == 'train'")
+    start = initial.query("experiment == 'layers'")
+    draw("layers", "SRR of every layer's output at initialisation", start, "size", "model", label=SRR, colours=figures.COLOURS)
+    start = start if len(start) else initial.query("experiment == 'table2'")
+    start = start.query("width == width.min() and model in @claims.MAIN")
+    if len(start):
+        found += claims.initial_claims(start, "{size}, {experiment}".format(**start.iloc[0]))
+    for experiment, (which, together) in data_sets(runs).items():
+        own = layers[(layers["experiment"] == experiment) & layers["model"].isin(claims.MAIN)]
+        train, val = own.query("images == 'train'"), own.query("images == 'val'")
+        name = "fig_2" + experiment.removeprefix("table2")
+        draw(name, f"SRR of every layer's output on training images{which} (Figs. 2, 3)", train, "model", "when", label=SRR)
+        draw(f"{name}_validation", f"The same on validation images{which}", val, "model", "when", label=SRR)
+        three = {r"$\lambda ||Z||_0$": train["srr"] - train["rate_subspaces"] + train["rate"]}
+        three |= {"$R^c$": train["rate_subspaces"], "$R$": train["rate"]}
+        three = pd.concat(train.assign(part=part + ", " + train["model"], nats=nats) for part, nats in three.items())
+        caption = f"The parts of SRR on training images{which}"
+        draw(f"{name}_parts", caption, three, "part", "when", "nats", label="nats", columns=train["model"].nunique())
+        trained = operators[operators["experiment"].isin(together)].query("epoch > 0")
+        changes = claims.operator_changes(trained[trained["epoch"] == trained.groupby(RUN)["epoch"].transform("max")])
+        found += claims.course_claims(train, which) + claims.operator_claims(changes, which)
+        table = changes.groupby(level=[0, 1], sort=False).agg(spread).rename_axis(["trained model", "operator"])
+        table = table.set_axis([f"change of R^c in nats{which}, mean over layers", "at equal norm"], axis=1)
+        parts += [markdown(table.rename(OPERATORS), VARIANTS), NORMS if len(table) else ""]
+    return found, section("Layer-wise SRR (Section 4.3)", PAPER["4.3"], *parts)
+
+
+def table_4(grid):
+    """The grid of Section 5, and how its runs ended (Table 4)."""
+    lines = [["model", ", ".join(grid["model"].unique())]]
+    lines += [[axis, ", ".join(map(str, sorted(grid[axis].unique())))] for axis in ("batch_size", "lr", "width", "dropout")]
+    missed = grid.loc[~grid["reached_target"].eq(True), "run"]
+    lines += [["runs", len(grid)], ["reached the target", len(grid) - len(missed)]]
+    for key in ("epochs", "val_accuracy", "gap"):
+        lines.append([key, "{min:.4g} to {max:.4g}, median {50%:.4g}".format(**grid[key].describe())])
+    return markdown_table(["", "values"], lines) + (f"\nMissed the target: {', '.join(missed)}\n" if len(missed) else "")
+
+
+def ranks(results, folder, what, wanted):
+    """What correlate.py left in results/`folder`: (claims, those of the list `wanted`, Markdown)."""
+    found, text = (
+        claims.rank_claims(read_table(results / folder / "correlation.csv"), what, wanted),
+        results / folder / "correlation.md",
+    )
+    captions = {
+        "srr": "The gap against SRR",
+        "within_between": "Kendall's tau within and between model types",
+        "forest": "Kendall's tau of every measure, 95 % bootstrap interval",
+        "scatter": "The gap against every measure (Figs. 4, 6)",
+    }
+    drawn = [image(results, f"{folder}/{name}.png", f"{caption}, {what}") for name, caption in captions.items()]
+    return found, [f"### {what}\n\n{text.read_text()}", *drawn] if text.exists() else []
+
+
+def complexity_section(results, runs):
+    """Section 5, the study and the intervention: (claims, Markdown)."""
+    found, parts = [], []
+    widths = sorted(int(folder.name.removeprefix("width=")) for folder in results.glob("correlation/width=*"))
+    places = {f"correlation/width={width}": (f"d = {width}", claims.OF_THE_LARGER_WIDTH) for width in widths}
+    places["correlation"] = ("all models", claims.ACROSS_WIDTHS)
+    smaller = next(iter(places))
+    places[smaller] = (places[smaller][0], claims.OF_THE_SMALLER_WIDTH)
+    for folder, (what, wanted) in places.items():
+        of_place, text = ranks(results, folder, what, wanted)
+        found, parts = found + of_place, parts + text
+    grid = runs[runs["experiment"] == "grid"]
+    text = section("The models of Section 5 (Table 4)", "", table_4(grid) if len(grid) else "")
+    text += section("SRR as a complexity measure (Section 5; Tables 1, 5)", PAPER["5"], *parts)
+    of_study, parts = ranks(results, "study_correlation", "random settings", claims.OF_THE_STUDY)
+    text += section("Does SRR rank models of one type? (study)", PAPER["study"], *parts)
+    moved = runs_of(runs, ["intervention"], ["model", "seed", "srr_reg"]).dropna(subset=["srr", "gap"])
+    if len(moved):
+        slopes = {model: claims.mean_interval(values) for model, values in claims.slopes(moved).groupby("model")}
+        slopes = {model: with_interval(*values, ".2g") for model, values in slopes.items()}
+        figures.intervention(moved, slopes, results / "figures/intervention.png")
+    caption = "The gap against SRR where eta alone differs, a line per seed; slope: mean over seeds, 95 % interval"
+    drawn = image(results, "figures/intervention.png", caption)
+    text += section("Does the gap follow SRR? (intervention)", PAPER["intervention"], drawn)
+    return found + of_study + claims.intervention_claims(moved), text
+
+
+def runs_of(runs, experiments, columns):
+    """The runs of the experiments. Raises InputError where two agree in all `columns`: one of them doesn't belong there."""
+    own = runs[runs["experiment"].isin(experiments)]
+    twice = own.loc[own.duplicated(columns, keep=False), "run"]
+    if len(twice):
+        raise InputError(f"{experiments[0]}: {', '.join(twice[:2])}: same {', '.join(columns)}; move one to another experiment")
+    return own
+
+
+def accuracies(runs, experiments, rows):
+    """Validation accuracies in % of the experiments' runs: index (`rows`, seed), a column per eta, also for eta = 0."""
+    own = runs_of(runs, experiments, [rows, "seed", "srr_reg"])
+    table = 100 * own.pivot(index=[rows, "seed"], columns="srr_reg", values="val_accuracy").astype(float)
+    return table.reindex(columns=table.columns.union([0.0]))
+
+
+def accuracy_table(accuracy, gains, names, order):
+    """Tables 2 and 6: a row per (model or layer, eta). gains: differences to eta = 0, paired by seed."""
+    differences = gains.groupby(level=0).agg(lambda values: with_interval(*claims.mean_interval(values.dropna())))
+    table = pd.DataFrame({"validation accuracy": accuracy.groupby(level=0).agg(spread).unstack()})
+    table["difference to eta = 0, 95 % interval"] = differences.unstack()
+    table = table.swaplevel().rename_axis(names).fillna("")
+    return markdown(table[table["validation accuracy"] != "-"], order)
+
+
+def regularisation_section(runs):
+    """Section 6: (claims, Markdown)."""
+    found, text, plain = [], [], {}
+    for experiment, (which, together) in data_sets(runs).items():
+        accuracy = accuracies(runs, together, "model")
+        plain[experiment] = accuracy[0.0].unstack(0)  # a row per seed, a column per model
+        gains = accuracy.drop(columns=0.0).sub(accuracy[0.0], axis=0).dropna(how="all")
+        found += claims.gain_claims(gains, which) + claims.model_claims(plain[experiment], which)
+        table = accuracy_table(accuracy.loc[gains.index], gains, ["model", "eta"], VARIANTS)
+        text += section(f"SRR of the last layer in the loss (Section 6, Table 2{which})", ACCURACY + PAPER["2"], table)
+        table = runs[runs["experiment"].isin(together)].groupby("model")[["parameters"]].first()
+        table["validation accuracy"] = accuracy[0.0].groupby("model").agg(spread)
+        table["compression step"] = [VARIANTS[model].description for model in table.index]
+        title = f"Output matrices (Table 3{which}), and models beyond the paper"
+        text += section(title, ACCURACY + PAPER["3"], markdown(table, VARIANTS))
+    accuracy = accuracies(runs, ["table6"], "srr_layer").drop(columns=0.0)
+    gains = accuracy.sub(plain["table2"].reindex(columns=["crate-c"])["crate-c"], axis=0, level="seed")
+    table = accuracy_table(accuracy, gains, ["layer", "eta"], claims.in_depth(accuracy.index.unique(0)))
+    text += section("Which layer's SRR (Section 6, Table 6)", ACCURACY + PAPER["6"], table)
+    return found + claims.layer_choice_claims(accuracy), text
+
+
+def provenance_section(runs):
+    """Which commands made the runs, on what, and how long that took."""
+    runs = runs.assign(command="`" + runs["command"] + "`", commit=runs["commit"].fillna("unknown").str[:10])
+    columns = ["experiment", "dataset", "command", "commit", "torch", "device", "processor"]
+    lines = [(*key, len(values), round(values.sum())) for key, values in runs.groupby(columns, sort=False)["seconds"]]
+    table = markdown_table([*columns, "runs", "seconds, summed"], lines) if lines else ""
+    return section("Where the numbers come from", "", table)
+
+
+def claim_cells(row):
+    """What both tables of claims say of a row of claims.csv: its number, with a note, and its interval."""
+    number = f"{row['number']:+.3g} ({row['note']})" if row["note"] else f"{row['number']:+.3g}"
+    return [number, f"[{row['low']:+.3g}, {row['high']:+.3g}]" if np.isfinite(row["low"]) else "-"]
+
+
+def claims_table(rows):
+    """The rows of claims.csv in Markdown."""
+    lines = []
+    for row in rows:
+        p_value = f"{row['p_holm']:.2g}" if np.isfinite(row["p_holm"]) else "-"
+        cells = [*claim_cells(row), f"{row['n']} {row['of']}", p_value, f"**{row['verdict']}**"]
+        lines.append([row["section"], row["claim"], row["claimed"], *cells])
+    header = ("section", "claim: the number that decides it", "claimed", "number", "95 % interval", "n", "p (Holm)", "verdict")
+    return markdown_table(header, lines)
+
+
+def side_by_side(of_data):
+    """The claims of several folders, {name: rows}: first what any contradicts or finds without effect, then disagreements."""
+    by_claim = {}
+    for data, rows in of_data.items():
+        for row in rows:
+            by_claim.setdefault((row["section"], row["claim"], row["claimed"]), {})[data] = row
+
+    def rank(item):
+        verdicts = {row["verdict"].split(" (")[0] for row in item[1].values()}
+        return *(word not in verdicts for word in ("contradicted", "no effect")), len(verdicts) == 1, "holds" in verdicts
+
+    def cell(row):
+        return " ".join([*claim_cells(row), f"**{row['verdict']}**"])
+
+    lines = [
+        [*claim, *(cell(rows[data]) if data in rows else "-" for data in of_data)]
+        for claim, rows in sorted(by_claim.items(), key=rank)
     ]
-    train, val = ([row for row in layers if row["images"] == images] for images in ("train", "val"))
-    label = r"SRR measure, $\lambda ||Z||_0 + R^c - R$"
-    for name, rows in (("fig_2", train), ("fig_2_validation", val)):
-        panels = nested(rows, "model", "when", "layer", "srr")
-        figures.by_layer(panels, folder / f"{name}.png", label=label, sequential=True)
-
-    rows = []
-    for row in train:
-        if row["model"] in claims.MAIN:
-            sparsity = row["srr"] - row["rate_subspaces"] + row["rate"]
-            parts = {r"$\lambda ||Z||_0$": sparsity, "$R^c$": row["rate_subspaces"], "$R$": row["rate"]}
-            rows += [row | {"panel": f"{row['model']}: {part}", "nats": nats} for part, nats in parts.items()]
-    panels = nested(rows, "panel", "when", "layer", "nats")
-    figures.by_layer(panels, folder / "fig_2_parts.png", label="nats", sequential=True, share=False)
-
-    def change(points, before, after):
-        return {layer: np.subtract(points[after][layer], values) for layer, values in points[before].items()}
-
-    last = max((row["epoch"] for row in operators), default=0)
-    trained = [row | {"sparse_rate": row["srr"] - row["rate_subspaces"]} for row in operators if row["epoch"] == last]
-    for name, column, part in (
-        ("operators_rate", "rate_subspaces", "$R^c$"),
-        ("operators_sparse_rate", "sparse_rate", r"$\lambda ||Z||_0 - R$"),
-    ):
-        panels = {}
-        for model, points in nested(trained, "model", "point", "layer", column).items():
-            steps = STEPS if "normalised" in points else STEPS_OF_VIT
-            panels[model] = {step: change(points, *between) for step, between in steps.items()}
-        figures.by_layer(panels, folder / f"{name}.png", label=f"change of {part} (nats)")
+    return markdown_table(("section", "claim: the number that decides it", "claimed", *of_data), lines)
 
 
-def depth_section(fixed, layers, results):
-    """Accuracy by depth, and SRR along the layers of trained models of every depth."""
-    from crate import figures
-
-    depths, lines = tables.values_of(fixed, "depth"), []
-    for model in tables.names(fixed):
-        by_depth = [tables.accuracies(fixed, model, depth=depth).values() for depth in depths]
-        if sum(map(bool, by_depth)) > 1:
-            lines.append([model, *map(tables.spread, by_depth)])
-    if not lines:
-        return []
-    rows = sorted(with_run(layers, tables.at_preset(fixed, ("depth",))), key=lambda row: int(row["depth"]))
-    last = max((row["epoch"] for row in rows), default=0)
-    rows = [row | {"L": f"L = {row['depth']}"} for row in rows if row["images"] == "train" and row["epoch"] == last]
-    panels = nested(rows, "model", "L", "layer", "srr")
-    panels = {model: panels[model] for model, *_ in lines if model in panels}
-    figures.by_layer(panels, results / "figures/depth.png", label="SRR measure after training", sequential=True)
-    caption = "SRR along the layers of trained models of every depth, mean over seeds, 95 % intervals"
-    table = markdown_table(["validation accuracy, %", *(f"L = {depth}" for depth in depths)], lines)
-    return [table, image(results, "figures/depth.png", caption)]
+def compare(folders):
+    """Print the claims of several folders of results side by side. Raises InputError where one has none."""
+    of_data = {folder.name: read_table(folder / "claims.csv").fillna({"note": "", "claimed": ""}) for folder in folders}
+    if len(of_data) < len(folders):
+        raise InputError("--claims: name folders of different names")
+    for folder, table in zip(folders, of_data.values()):
+        if table.empty:
+            raise InputError(f"--claims {folder}: no claims.csv there; name a folder that --results had")
+    print(side_by_side({name: table.to_dict("records") for name, table in of_data.items()}), end="")
 
 
-def by_width(folder):
-    """{"d = 48": folder/width=48, ...}: where correlate.py left the statistics of each width."""
-    widths = sorted(int(path.name.removeprefix("width=")) for path in folder.glob("width=*"))
-    return {f"d = {width}": folder / f"width={width}" for width in widths}
-
-
-def correlations(results, name, what):
-    """The rank statistics that correlate.py left in results/`name`: tables and figures, for each width and over all runs."""
-    parts = []
-    for which, folder in (by_width(results / name) | {"all widths": results / name}).items():
-        if (folder / "correlation.md").exists():
-            path = folder.relative_to(results)
-            parts += [
-                f"### {what}, {which}\n\n" + (folder / "correlation.md").read_text(),
-                image(results, path / "forest.png", f"Kendall's tau with its 95 % bootstrap interval, {what}, {which}"),
-                image(results, path / "scatter.png", f"{what} against each measure, {which} (Figs. 4, 6)"),
-                image(results, path / "heatmap.png", f"Rank correlation between the measures, {which}"),
-            ]
-    return parts
-
-
-def image(results, path, caption):
-    """Markdown of the figure at results/`path`, or nothing where it wasn't drawn."""
-    return f"![{caption}]({path})\n\n*{caption}*\n" if (results / path).exists() else ""
-
-
-def section(title, above, *parts):
-    """A section of the report, `above` before its parts without the empty ones, or nothing where all are empty."""
-    parts = [part for part in parts if part]
-    return list(filter(None, (f"## {title}\n", above, *parts))) if parts else []
-
-
-def all_claims(results, rates, fixed, layers, operators):
-    """The claims table's rows, from whatever tables there are (crate/claims.py)."""
-    rows = claims.attention_claims(rates)
-    rows += claims.layer_claims([row for row in layers if row["images"] == "train"])
-    rows += claims.operator_claims(operators)
-    for k, (which, folder) in enumerate(by_width(results / "correlation").items()):
-        rows += claims.correlation_claims(read_typed(folder / "correlation.csv"), which, first=k == 0)
-
-    def accuracy(model, layer=None, among_layers=False):
-        if model not in tables.names(fixed):
-            return {}
-        eta = tables.eta_of_layers(fixed, model) if among_layers else tables.chosen(fixed, model, "srr_reg")
-        return tables.accuracies(fixed, model, **({"srr_reg": eta, "srr_layer": layer} if layer else {}))
-
-    return rows + claims.regularisation_claims(accuracy)
-
-
-def write_report(results, attention):
-    """REPORT.md and its figures, from the tables in `results` and the attention-only tables in `attention`."""
-
-    rows = read_csv(results / "runs.csv") if (results / "runs.csv").exists() else []
-    grid, fixed, base = [row for row in rows if row["stop_at_loss"]], tables.at_preset(rows), tables.at_preset(rows, ())
-    rates, every_layer = read_typed(Path(attention) / "rates.csv"), read_typed(results / "layers.csv")
-    layers, operators = with_run(every_layer, base), with_run(read_typed(results / "operators.csv"), base)
-    claimed = all_claims(results, rates, fixed, layers, operators)
-    if claimed:
-        write_csv(results / "claims.csv", claimed)
-    text = section("The paper's claims on these data", CLAIMS, tables.claims_table(claimed))
-    if rates:
-        folder = os.path.relpath(attention, results)
-        text += section(
-            "Does a compression step lower R^c? (Section 4.1)",
-            PAPER["4.1"],
-            tables.attention_table(rates),
-            image(results, f"{folder}/fig_1a.png", "R^c before and after CRATE-C's attention step, by layer (Fig. 1a)"),
-            image(results, f"{folder}/fig_1b.png", "The logarithm and its expansions (Fig. 1b)"),
-            image(results, f"{folder}/fig_5.png", "R^c before and after each update, by layer (Fig. 5, and CRATE-N)"),
-        )
-    if layers:
-        layer_figures(layers, operators, results / "figures")
-        what = "of every layer's output, by epoch, mean over seeds, 95 % intervals"
-        text += section(
-            "Layer-wise SRR (Section 4.3)",
-            PAPER["4.3"],
-            image(results, "figures/fig_2.png", f"SRR measure {what}, on up to 512 training images (Figs. 2, 3)"),
-            image(results, "figures/fig_2_validation.png", f"SRR measure {what}, on up to 512 validation images"),
-            image(results, "figures/fig_2_parts.png", f"The parts of SRR {what}, on training images"),
-            image(results, "figures/operators_rate.png", "What each operator of trained models adds to R^c, by layer"),
-            image(results, "figures/operators_sparse_rate.png", "What each operator adds to the sparse rate"),
-        )
-    ranks = correlations(results, "correlation", "gap in cross-entropy")
-    ranks += correlations(results, "correlation_accuracy", "gap in accuracy")
-    for title, above, *parts in (
-        ("The models of Section 5 (Table 4)", "", grid and tables.table_4(grid)),
-        ("SRR as a complexity measure (Section 5; Tables 1, 5)", PAPER["5"], *ranks),
-        ("SRR in the loss, last layer (Section 6, Table 2)", ACCURACY + PAPER["Table 2"], tables.table_2(fixed)),
-        ("Choosing eta", HELD_OUT, tables.table_choices(fixed)),
-        ("SRR against weight decay and dropout", ACCURACY, tables.table_regularisers(fixed)),
-        ("Output matrices (Table 3), and models beyond the paper", ACCURACY + PAPER["Table 3"], tables.table_3(fixed)),
-        ("Which layer's SRR (Table 6)", ACCURACY + PAPER["Table 6"], tables.table_6(fixed)),
-        ("SRR of a standard transformer", "", tables.table_matrices(read_typed(results / "srr.csv"), base)),
-        ("Depth", "", *depth_section(fixed, every_layer, results)),
-        ("Where the numbers come from", "", rows and tables.provenance_table(rows)),
-    ):
-        text += section(title, above, *parts)
+def write_report(results):
+    """REPORT.md, claims.csv and figures/, from the tables in `results`. Raises InputError where there are none."""
+    runs = read_table(results / "runs.csv")
+    of_section_6 = regularisation_section(runs)
+    for figure in [file for pattern in FIGURES for file in results.glob(f"figures/{pattern}")]:
+        figure.unlink()
+    sections = attention_section(results), layers_section(results, runs), complexity_section(results, runs), of_section_6
+    text = sum((parts for _, parts in sections), []) + provenance_section(runs)
     if not text:
-        raise InputError(f"--results {results}: no table there to report; name --runs, or run the earlier stages")
-    write_text(results / "REPORT.md", "\n".join([f"# Report: {results.name}\n", *text]))
+        raise InputError(f"--results {results}: no table there to report; name RUNS, or run the earlier stages")
+    (results / "claims.csv").unlink(missing_ok=True)
+    claimed = pd.DataFrame([row for found, _ in sections for row in found if row["n"]])
+    if len(claimed):
+        claimed["p_holm"] = claimed.groupby("section")["p_value"].transform(holm)
+        write_text(results / "claims.csv", claimed.to_csv(index=False, float_format="%.6g"))
+        text = section("The paper's claims on these runs", claims.RULE, claims_table(claimed.to_dict("records"))) + text
+    title = "# Report: " + (", ".join(Path(name).name for name in runs["dataset"].unique()) or "no runs")
+    write_text(results / "REPORT.md", "\n".join([title + "\n", *text]))
 
 
 def main():
     parser = Parser(__doc__)
-    add, what = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    add("--runs", help="folder of run folders, such as runs/laptop; without it, --results is reported as it is")
-    what.add_argument("--results", help="folder of the tables, such as results/digits")
-    what.add_argument("--claims", nargs="+", metavar="FOLDER", help="print the claims of several such folders side by side")
-    add("--attention", default="results/attention_only", help="what attention_only.py wrote (default: %(default)s)")
+    add = parser.add_argument
+    add("runs", nargs="?", type=path, metavar="RUNS", help="the folder above the experiments, such as runs/laptop")
+    add("--results", type=path, metavar="FOLDER", help="of the tables and the report (default: RUNS/results)")
+    add("--claims", type=path, nargs="+", metavar="FOLDER", help="print the claims of several such folders side by side")
     arguments = parser.parse_args()
     if arguments.claims:
-        if arguments.runs or len({Path(folder).name for folder in arguments.claims}) < len(arguments.claims):
-            raise InputError("--claims: name folders of different names, and no --runs")
-        of_data = {Path(folder).name: read_typed(Path(folder) / "claims.csv") for folder in arguments.claims}
-        for folder, rows in zip(arguments.claims, of_data.values()):
-            if not rows:
-                raise InputError(f"--claims {folder}: no claims.csv there; name a folder that --results had")
-        return print(tables.claims_side_by_side(of_data), end="")
-    if not (arguments.runs or Path(arguments.results).is_dir()):
-        raise InputError(f"--results {arguments.results}: no such folder; name one, or --runs to make it from")
-    results = output_folder(arguments.results, "--results")
+        if arguments.runs or arguments.results:
+            raise InputError("--claims: takes neither RUNS nor --results")
+        return compare(arguments.claims)
+    if arguments.runs is None and arguments.results is None:
+        raise InputError("name RUNS, such as runs/laptop, or --results with its tables")
+    results = arguments.results or arguments.runs / "results"
     if arguments.runs:
         collect(arguments.runs, results)
-    write_report(results, arguments.attention)
+    elif not results.is_dir():
+        raise InputError(f"--results {results}: no such folder; name one, or RUNS to make it from")
+    write_report(results)
     print(f"written to {results / 'REPORT.md'}")
 
 

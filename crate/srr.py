@@ -1,35 +1,72 @@
-"""The SRR measure of every layer (Eqs. 1, 11) and the regulariser with its stop-gradient (Eq. 14)."""
+"""Sparse Rate Reduction as a function of tokens, of any network's layers (Eqs. 1, 11), and what each operator does to it.
+
+Eq. 14, in any training loop, is then one expression; the tokens that enter the layer are constant:
+
+    loss = cross_entropy + eta * srr(layer(Z_in.detach()), U, heads).mean()
+"""
 
 import math
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
-from crate.rates import coding_rate, full, subspace_coding_rate
+from crate.rates import at_norm_of, coding_rate, full, subspace_coding_rate
 
 
-def _rates(model, tokens, layer, gamma, matrix="U"):
-    """R^c and R of the output (B, N, d) of `layer` (0-based), per image: (B,), (B,)."""
+class Parts(NamedTuple):
+    """The three parts of SRR, each (B,): non-zeros, R^c and R (in nats)."""
+
+    l0: torch.Tensor
+    rate_subspaces: torch.Tensor
+    rate: torch.Tensor
+
+
+def parts(tokens, U, heads, gamma=1.0):
+    """||Z||_0, R^c(Z; U) and R(Z) (Eq. 1) of tokens (B, N, d), per image. One eps for both rates: R's coefficient is K gamma.
+
+    U: (d, d), its columns [U_1 .. U_K]. Raises ValueError where tokens are not finite (NaN instead on CUDA).
+    """
+    rate = coding_rate(tokens, heads * gamma)
+    return Parts((tokens != 0).sum((-2, -1)).to(rate.dtype), subspace_coding_rate(tokens, U, heads, gamma), rate)
+
+
+def srr(tokens, U, heads, *, sparsity=0.1, gamma=1.0, norm="l0"):
+    """The SRR measure of tokens (B, N, d), per image: (B,), lower is better (Eq. 1, negated).
+
+    sparsity ||Z|| + R^c(Z; U) - R(Z), `sparsity` being lambda. norm "l0" counts non-zeros, which has no gradient; "l1" is its
+    convex surrogate. Differentiable in tokens and U (d, d). Raises ValueError where tokens are not finite (NaN on CUDA).
+    """
+    if norm not in ("l0", "l1"):
+        raise ValueError(f"norm {norm!r} is unknown; choose l0 or l1")
+    l0, rate_subspaces, rate = parts(tokens, U, heads, gamma)
+    size = l0 if norm == "l0" else full(tokens).abs().sum((-2, -1))
+    return sparsity * size + rate_subspaces - rate
+
+
+@contextmanager
+def record(layers):
+    """What enters and leaves each of `layers` (modules) in the next forward pass of the network that owns them.
+
+        with record(layers) as (inputs, outputs):
+            network(images)
+
+    fills both lists, one tensor a layer. Of a layer that takes or returns several things, the first counts. The hooks are gone
+    after the block, also after an error.
+    """
+    inputs, outputs, handles = [], [], []
+
+    def keep(module, arguments, keywords, result):
+        inputs.append(arguments[0] if arguments else next(iter(keywords.values())))
+        outputs.append(result[0] if isinstance(result, tuple) else result)
+
     try:
-        U = getattr(model.layers[layer].mssa, matrix).weight.mT
-        compressed = subspace_coding_rate(tokens, U, model.heads, gamma)
-        return compressed, coding_rate(tokens, model.heads * gamma)  # one eps for both rates: R's coefficient is K gamma
-    except ValueError as error:
-        raise ValueError(f"layer {layer + 1}: {error}")
-
-
-def _sums(model, tokens, layer, gamma, matrix="U"):
-    """Non-zeros, R^c and R of the tokens of `layer`, summed over the images: (3,) float64."""
-    compressed, rate = _rates(model, tokens, layer, gamma, matrix)
-    return torch.stack([(tokens != 0).sum().double(), compressed.double().sum(), rate.double().sum()])
-
-
-def _parts(sums, images, layer, sparsity):
-    """The measure and its parts from `_sums`, averaged over `images` images."""
-    l0, compressed, rate = (sums / images).tolist()
-    if not math.isfinite(compressed + rate):  # on CUDA, where a rate is NaN rather than an error
-        raise ValueError(f"layer {layer + 1}: the rates are not finite: the tokens are not finite or far too large")
-    return {"l0": l0, "rate_subspaces": compressed, "rate": rate, "srr": sparsity * l0 + compressed - rate}
+        for layer in layers:
+            handles.append(layer.register_forward_hook(keep, with_kwargs=True))
+        yield inputs, outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -45,69 +82,67 @@ def evaluating(model):
             module.training = mode
 
 
-def layer_srr(model, images, sparsity=0.1, gamma=1.0, chunk=256, matrix="U"):
-    """The SRR measure of every layer's output on images (B, C, H, W), averaged over them, in eval mode.
+def _sums(tokens, U, heads, gamma, layer):
+    """Non-zeros, R^c and R of tokens (B, N, d) of `layer` (0-based), summed over the images: (3,) float64."""
+    try:
+        return torch.stack([part.double().sum() for part in parts(tokens, U, heads, gamma)])
+    except ValueError as error:
+        raise ValueError(f"layer {layer + 1}: {error}")
 
-    `matrix` names the subspaces: "U", in vit the query matrix, or vit's "key" or "value".
+
+def _means(sums, images, layer, sparsity):
+    """The measure and its parts from `_sums` over that many images, as a dict of floats."""
+    l0, rate_subspaces, rate = (sums / images).tolist()
+    if not math.isfinite(rate_subspaces + rate):  # on CUDA, where a rate is NaN rather than an error
+        raise ValueError(f"layer {layer + 1}: the rates are not finite: the tokens are not finite")
+    return {"l0": l0, "rate_subspaces": rate_subspaces, "rate": rate, "srr": sparsity * l0 + rate_subspaces - rate}
+
+
+def layer_srr(model, images, sparsity=0.1, gamma=1.0, chunk=256, matrix="U"):
+    """The SRR measure of every layer's output on images (B, C, H, W), averaged over them, in eval mode (Eq. 11).
+
+    model: of crate.model. matrix: the subspaces, "U" (in vit the query matrix), or vit's "key" or "value".
     Returns a list over the L layers of {"l0": non-zeros per image, "rate_subspaces": R^c, "rate": R,
-    "srr": sparsity * l0 + R^c - R} (the rates in nats). Raises ValueError naming the layer whose tokens are not finite.
+    "srr": sparsity * l0 + R^c - R}, rates in nats. Raises ValueError naming the layer whose tokens are not finite.
     """
     sums = [0.0] * len(model.layers)
     with evaluating(model):
-        for part in images.split(chunk):
-            for layer, tokens in enumerate(model.layer_outputs(part)):
-                sums[layer] += _sums(model, tokens, layer, gamma, matrix)
-    return [_parts(total, len(images), layer, sparsity) for layer, total in enumerate(sums)]
+        for some in images.split(chunk):
+            for l, tokens in enumerate(model.layer_outputs(some)):
+                U = getattr(model.layers[l].mssa, matrix).weight.mT
+                sums[l] += _sums(tokens, U, model.heads, gamma, l)
+    return [_means(total, len(images), l, sparsity) for l, total in enumerate(sums)]
 
 
 def operator_rates(model, images, sparsity=0.1, gamma=1.0, chunk=256):
     """The same parts around the operators of every layer l, all with its U^l: which operator lowers what?
 
     Returns a list over the layers of {"input": Z^{l-1}, "compressed": Z^{l-1} with MSSA's step, "normalised": LayerNorm of
-    that (missing in vit), "output": Z^l after ISTA}, each a dict as layer_srr gives it. Raises ValueError as layer_srr does.
+    that (missing in vit), "output": Z^l after ISTA}, each a dict as layer_srr gives it. All but the input have
+    "rate_subspaces_equal_norm" besides: R^c once the tokens are scaled back to the norm that they had before the operator.
+    Raises ValueError as layer_srr does.
     """
     sums = [{} for _ in model.layers]
     with evaluating(model):
-        for part in images.split(chunk):
-            tokens = model.embed(part)
-            for index, layer in enumerate(model.layers):
-                compressed = layer.compress(tokens)
+        for some in images.split(chunk):
+            tokens = model.embed(some)
+            for l, layer in enumerate(model.layers):
+                U, compressed = layer.mssa.U.weight.mT, layer.compress(tokens)
                 points = {"input": tokens, "compressed": compressed}
                 if layer.ista:
                     points["normalised"] = layer.norm2(compressed)
-                points["output"] = tokens = layer.sparsify(compressed)
-                for point, value in points.items():
-                    sums[index][point] = sums[index].get(point, 0.0) + _sums(model, value, index, gamma)
-    return [
-        {point: _parts(total, len(images), layer, sparsity) for point, total in points.items()}
-        for layer, points in enumerate(sums)
-    ]
-
-
-def add_srr_gradients(model, outputs, layers, weight, sparsity=0.1, gamma=1.0, norm="l0"):
-    """Add `weight` times the gradient of the mean SRR measure of `layers` (0-based) to `.grad`, as Eq. 14 wants it.
-
-    The term of layer l reaches layer l's own parameters and nothing else: what enters the layer is constant. Asking
-    autograd for just those parameters stops it at the layer's input, so the layer need not run again on detached tokens.
-    `outputs` are Z^1..Z^L of the training forward pass, whose graph is kept: call this before `loss.backward()`.
-    `weight` is eta, a float or a 0-d tensor (times the scale of a GradScaler, if there is one).
-    `norm` "l0" has no gradient, as autograd gives; "l1" is its convex surrogate. Returns the mean measure, detached.
-    """
-    total = 0.0
-    for layer in layers:
-        tokens = outputs[layer]
-        compressed, rate = _rates(model, tokens, layer, gamma)
-        objective = (compressed - rate).mean()
-        if norm == "l1":
-            objective = objective + sparsity * full(tokens).abs().sum() / len(tokens)
-            measure = objective.detach()
-        else:
-            measure = objective.detach() + sparsity * (tokens != 0).sum().to(rate.dtype) / len(tokens)
-        total = total + measure / len(layers)
-        parameters = [p for p in model.layers[layer].parameters() if p.requires_grad]
-        if not parameters:  # a frozen layer
-            continue
-        gradients = torch.autograd.grad(objective * (weight / len(layers)), parameters, retain_graph=True)
-        for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-    return total
+                points["output"] = layer.sparsify(compressed)
+                before = tokens
+                for point, after in points.items():
+                    raw = _sums(after, U, model.heads, gamma, l)
+                    scaled = subspace_coding_rate(at_norm_of(after, before), U, model.heads, gamma).double().sum()
+                    sums[l][point] = sums[l].get(point, 0.0) + torch.cat([raw, scaled[None]])
+                    before = after
+                tokens = points["output"]
+    rates = [{} for _ in model.layers]
+    for l, of_points in enumerate(sums):
+        for point, total in of_points.items():
+            rates[l][point] = _means(total[:3], len(images), l, sparsity)
+            if point != "input":
+                rates[l][point]["rate_subspaces_equal_norm"] = total[3].item() / len(images)
+    return rates

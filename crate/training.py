@@ -1,359 +1,303 @@
-"""The training loop: Adam, AMP, cross-entropy plus SRR (Eq. 14), the stopping criterion of Section 5, logs, exact resume."""
+"""The training loop: Adam on cross-entropy + eta SRR (Eq. 14), the stopping criterion of Section 5, logs, exact resume.
 
-import functools
+`fit` is the loop, from batches to log; read it first. An epoch is a function of the config and its number, and state is saved
+between epochs, so a run that was killed and started again ends with the same bits (on a CPU, with as many threads).
+With torchrun every process is a rank that takes its share of each batch; rank 0 alone writes.
+"""
+
+import io
 import json
 import math
-import signal
+import sys
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from crate import distributed
-from crate.checkpoint import load_weights, save_checkpoint
-from crate.cli import InputError, Interrupted, deferred_signals, one_line
-from crate.data import DROPOUT, AugmentedBatches, batches, data_of, mixed_seed
-from crate.distributed import LOCAL_RANK, RANK, WORLD
-from crate.files import locked, write_json, write_text
-from crate.model import model_from_config
-from crate.runs import check_config, config_sha256, finished_run, identity
-from crate.srr import add_srr_gradients, layer_srr, operator_rates
+from crate.cli import InputError, one_line
+from crate.data import DROPOUT, batches, data_of, mixed_seed
+from crate.files import save_checkpoint, write_bytes, write_json, write_text
+from crate.kernels import graphed
+from crate.runs import check_same_run, checksum, identity, load_weights, locked, model_of, read_json, read_run, srr_layers
+from crate.srr import layer_srr, operator_rates, record, srr
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SRR_IMAGES = 512  # layer-wise SRR is logged on the first so many training and validation images
-# Below a loss of x the stopping criterion is checked n times an epoch, so that fast runs don't overshoot (RGM's rule).
+# Below a loss of x the stopping criterion is checked n times an epoch, so that fast runs don't overshoot (measures.md 1.1).
 CHECKS_PER_EPOCH = ((0.015, 8), (0.025, 4), (0.05, 2))
-# What last.pt holds of a Run besides its weights, optimizer and scaler.
-STATE = ("epoch", "step", "train_loss", "rows", "hardest_first", "partial")
+
+
+def ranks():
+    """This process' rank, and how many there are."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def learning_rate(step, total_steps, initial, schedule):
     """The rate of step `step` (0-based) of `total_steps`: `initial` throughout, or its cosine decay to zero."""
-    return initial if schedule == "constant" else initial * 0.5 * (1 + math.cos(math.pi * step / total_steps))
-
-
-def resolve_device(name):
-    """The device of the flag's value; "auto" is CUDA where present, else the CPU. Raises InputError where there is no such."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and WORLD > 1:  # a GPU for each process
-        name = f"cuda:{LOCAL_RANK}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name}: no such device here; use --device cpu")
-    return device
-
-
-def resolve_amp(amp, device):
-    """Return "off", "bf16" or "fp16" for the flag's value. Raises InputError where the device can't multiply in that type."""
-    if amp == "auto":
-        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
-    if amp != "off":
-        try:
-            ones = torch.ones(2, 2, dtype=AMP_DTYPES[amp], device=device)
-            ones @ ones
-        except RuntimeError:
-            raise InputError(f"--amp {amp}: {device} has no support for it; use --amp off")
-    return amp
-
-
-def srr_layers(choice, depth, steps):
-    """The 0-based layers that `--srr-layer` regularises, for each of `steps` steps."""
-    if choice == "random":
-        return [[layer] for layer in torch.randint(depth, (steps,)).tolist()]
-    layers = {"all": list(range(depth)), "last": [depth - 1]}.get(choice) or [int(choice) - 1]
-    return [layers] * steps
+    if schedule == "constant":
+        return initial
+    return initial * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
 @torch.no_grad()
 def evaluate(model, data, images, labels, chunk=256):
-    """Mean cross-entropy and accuracy in eval mode and full precision, un-augmented: two floats, one synchronisation."""
+    """Cross-entropy of each image, (m,) float64, and accuracy, in eval mode and full precision, without augmentation."""
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=labels.device)
-    for part, truth in zip(images[RANK::WORLD].split(chunk), labels[RANK::WORLD].split(chunk)):
-        if len(part):  # else there are fewer images than ranks
-            logits = model(data.resize(part))
-            sums += torch.stack([F.cross_entropy(logits.double(), truth, reduction="sum"), (logits.argmax(1) == truth).sum()])
-    loss, accuracy = (distributed.total(sums) / len(labels)).tolist()
-    return loss, accuracy
+    logits = torch.cat([model(data.prepare(part)) for part in images.split(chunk)]).double()
+    return F.cross_entropy(logits, labels, reduction="none"), (logits.argmax(1) == labels).double().mean().item()
 
 
-class Run:
-    """One training run and all of its state: what a checkpoint holds, and what one epoch does to it."""
+@torch.no_grad()
+def training_loss(model, data, enough, chunk=256):
+    """Mean cross-entropy over the training set as `evaluate` has it, or a lower bound of at least `enough`: a float.
 
-    def __init__(self, config, folder):
-        self.config, self.folder = config, Path(folder)
-        self.device = torch.device(config["device"])
-        self.data = data_of(config, device=self.device)
-        torch.manual_seed(config["seed"])
-        self.model = model_from_config(config).to(self.device)
-        # Adam; weight decay, if any, is decoupled (AdamW) and on matrices alone.
-        matrices = {"params": [p for p in self.model.parameters() if p.ndim == 2], "weight_decay": config["weight_decay"]}
-        others = {"params": [p for p in self.model.parameters() if p.ndim != 2], "weight_decay": 0.0}
-        self.optimizer = torch.optim.AdamW([matrices, others], lr=config["lr"], fused=True)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config["amp"] == "fp16")
-        self.epoch = self.step = 0
-        self.train_loss = math.inf  # cross-entropy over the training set at the last check of the stopping criterion
-        self.hardest_first = torch.arange(len(self.data.train_labels), device=self.device)  # by the last check's losses
-        self.rows = []  # of log.jsonl
-        self.partial = None  # of an epoch that a signal interrupted: what to go on from
-        self.steps_per_epoch = math.ceil(len(self.data.train_labels) / config["batch_size"])
-        self.total_steps = config["epochs"] * self.steps_per_epoch
-        if config["compile"]:
-            from torch._functorch import config as functorch_config
+    Losses are positive, so the first images alone may show that the mean is too high.
+    """
+    model.eval()
+    total, count = 0.0, len(data.train_labels)
+    for images, labels in zip(data.train_images.split(chunk), data.train_labels.split(chunk)):
+        total += F.cross_entropy(model(data.prepare(images)).double(), labels, reduction="sum").item() / count
+        if total >= enough:
+            break
+    return total
 
-            # The gradient of Eq. 14 keeps the graph for cross-entropy's, which donated buffers forbid.
-            functorch_config.donated_buffer = False
-            for layer in self.model.layers:  # in place: the checkpoint's names stay those of the plain module
-                layer.compile()
-        settings = self.data, config["batch_size"], config["seed"]
-        augmented = config["augment"] == "basic"
-        self.batches = AugmentedBatches(*settings).epoch if augmented else functools.partial(batches, *settings)
 
-    @property
-    def reached_target(self):
-        target = self.config["stop_at_loss"]
-        return None if target is None else self.train_loss < target
+def rates_by_layer(model, data, config, operators):
+    """What log.jsonl has of SRR: {"srr", "srr_val"}: layer_srr on training and on validation images, {"operators"}.
 
-    @property
-    def finished(self):
-        return not self.partial and (self.epoch >= self.config["epochs"] or bool(self.reached_target))
+    A rate that can't be computed is None, with a warning: a log must not end a run.
+    """
+    train, val = (data.prepare(images[:SRR_IMAGES]) for images in (data.train_images, data.val_images))
+    coefficients = {"sparsity": config["srr_lambda"], "gamma": config["srr_gamma"]}
+    try:
+        rates = {"srr": layer_srr(model, train, **coefficients), "srr_val": layer_srr(model, val, **coefficients)}
+        if operators:
+            rates["operators"] = operator_rates(model, train, **coefficients)
+        return rates
+    except ValueError as error:
+        tqdm.write(f"warning: layer-wise SRR is left out of the log: {error}", file=sys.stderr)
+        return {"srr": None, "srr_val": None}
 
-    def start(self):
-        """Resume from last.pt, or begin: init.pt, and layer-wise SRR at initialisation."""
-        last = self.folder / "last.pt"
-        if distributed.agree(last.exists()):
-            state = load_weights(self.model, last, self.config)
-            try:
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.scaler.load_state_dict(state["scaler"])
-                for name in STATE:
-                    setattr(self, name, state[name])
-                self.hardest_first = self.hardest_first.to(self.device)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise InputError(f"{last}: no checkpoint to go on from ({error}); delete it to start the run again")
-        else:
-            self.write("init.pt", {"model": self.model.state_dict()})
-            self.log(time.perf_counter())
-        if RANK == 0:  # a kill between logging and saving leaves a row too many: the checkpoint's rows are the log
-            write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def save(self):
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        self.write("last.pt", parts | {name: getattr(self, name) for name in STATE})
+def finished(state, config):
+    """Whether a run has come to its end: all epochs, or the stopping criterion."""
+    return state["epoch"] >= config["epochs"] or state["checked_loss"] < (config["stop_at_loss"] or 0)
 
-    def write(self, name, content):
-        if RANK == 0:
-            save_checkpoint(self.folder / name, content | {"config": identity(self.config)})
 
-    def log(self, started, **training):
-        """Append the epoch's row: validation loss and accuracy, layer-wise SRR if it is due, seconds since `started`."""
-        loss, accuracy = evaluate(self.model, self.data, self.data.val_images, self.data.val_labels)
-        if not math.isfinite(loss):
-            self.fail(self.step, f"the validation loss is {loss}")
-        row = {"epoch": self.epoch, "step": self.step, **training, "val_loss": loss, "val_accuracy": accuracy}
-        every = self.config["log_srr_every"]
-        if RANK == 0 and every and (self.epoch % every == 0 or self.epoch == self.config["epochs"]):
-            train, val = (self.data.resize(x[:SRR_IMAGES]) for x in (self.data.train_images, self.data.val_images))
-            coefficients = self.config["srr_lambda"], self.config["srr_gamma"]
-            row["srr"], row["srr_val"] = (layer_srr(self.model, images, *coefficients) for images in (train, val))
-            if self.epoch in (0, self.config["epochs"]):
-                row["operators"] = operator_rates(self.model, train, *coefficients)
-        row["seconds"] = round(time.perf_counter() - started, 3)
-        self.rows.append(row)
-        if RANK == 0:
-            with open(self.folder / "log.jsonl", "a") as stream:
-                stream.write(json.dumps(row) + "\n")
+def log_epoch(row, state, config, data, model, began):
+    """Complete the epoch's row by what is due, validation loss and layer-wise SRR, and add it to the log."""
+    epoch, last = state["epoch"], finished(state, config)
+    if last or epoch % config["validate_every"] == 0:
+        losses, row["val_accuracy"] = evaluate(model, data, data.val_images, data.val_labels)
+        row["val_loss"] = losses.mean().item()
+        if not math.isfinite(row["val_loss"]):
+            raise InputError(f"epoch {epoch}: the validation loss is {row['val_loss']}; try a smaller --lr or --amp off")
+    if config["log_srr_every"] and (last or epoch % config["log_srr_every"] == 0):
+        row |= rates_by_layer(model, data, config, operators=last or epoch == 0)
+    state["rows"].append(row | {"seconds": round(time.perf_counter() - began, 3)})
 
-    def gradients(self, images, labels, layers, share):
-        """Gradients of cross-entropy + eta SRR (Eq. 14), both times `share`: this rank's part of the batch.
 
-        Returns loss, number correct and SRR on the device, the means times `share`.
-        """
-        config, model = self.config, self.model
-        if not share:  # a batch of fewer images than ranks; the scaler starts with its first `scale`
-            return self.scaler.scale(torch.zeros(3, device=self.device))
-        with torch.autocast(self.device.type, AMP_DTYPES.get(config["amp"]), enabled=config["amp"] != "off"):
-            logits, outputs = model.forward_with_outputs(images) if config["srr_reg"] else (model(images), None)
-            loss = F.cross_entropy(logits, labels)
-        srr = loss.new_zeros(())
-        if config["srr_reg"]:
-            weight = self.scaler.scale(torch.ones_like(srr)) * config["srr_reg"] * share
-            coefficients = config["srr_lambda"], config["srr_gamma"]
-            srr = add_srr_gradients(model, outputs, layers, weight, *coefficients, norm=config["srr_sparsity"])
-        self.scaler.scale(loss * share).backward()
-        return torch.stack([loss.detach() * share, (logits.detach().argmax(1) == labels).sum(), srr * share])
+def compile_layers(model):
+    """torch.compile for each layer: its forward alone, so that hooks still see what enters and leaves it."""
+    torch._dynamo.reset()  # else the third model of a sweep runs uncompiled
+    if hasattr(torch._functorch.config, "backward_pass_autocast"):
+        torch._functorch.config.backward_pass_autocast = "off"  # else products that need full precision run in bf16
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward)
 
-    def train_step(self, images, labels, layers, share=1.0):
-        """One step of Adam on Eq. 14. Returns what `gradients` returns."""
-        config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.total_steps, config["lr"], config["schedule"])
-        self.optimizer.zero_grad()
-        result = self.gradients(images, labels, layers, share)
-        distributed.sum_gradients(self.model.parameters())
+
+def step_of(config, model, optimizer, scaler):
+    """One training step as a function: forward, Eq. 14, backward, Adam.
+
+    step(images, labels, weight, regularised) takes the layers (0-based) whose SRR is in the loss, and this rank's weight in
+    the batch. It returns cross-entropy, accuracy and SRR, (3,) float64 on the device, and waits for nothing.
+    """
+    device, (_, world) = model.cls_token.device, ranks()
+    network = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    autocast = torch.autocast(device.type, AMP_DTYPES.get(config["amp"]), enabled=config["amp"] != "off")
+    coefficients = {"sparsity": config["srr_lambda"], "gamma": config["srr_gamma"], "norm": config["srr_norm"]}
+
+    def step(images, labels, weight, regularised):
+        layers = [model.layers[l] for l in regularised]
+        with autocast:
+            with record(layers) as (inputs, _):
+                logits = network(images)
+            loss, measure = F.cross_entropy(logits, labels), logits.new_zeros(())
+            for layer, Z in zip(layers, inputs):  # Eq. 14: what enters layer l is constant, so its SRR trains layer l alone
+                of_images = srr(layer(Z.detach()), layer.mssa.U.weight.mT, model.heads, **coefficients)
+                measure = measure + of_images.mean() / len(layers)
+        optimizer.zero_grad()
+        scaler.scale((loss + config["srr_reg"] * measure) * weight).backward()
         if config["clip_norm"] is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config["clip_norm"])
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.step += 1
-        return result
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip_norm"])
+        scaler.step(optimizer)
+        scaler.update()
+        correct = (logits.argmax(1) == labels).double().mean()
+        return torch.stack([loss.double(), correct, measure.double()]).detach() * weight
 
-    def begin_epoch(self):
-        """Count the epoch, or return to the one that a signal stopped. Returns what it has so far (as in `partial`: how often
-        the stopping criterion is checked, results of the steps, seconds) and the layers that each of its steps regularises.
+    return graphed(step) if device.type == "cuda" and world == 1 else step
 
-        Dropout and random layers are functions of (seed, epoch), dropout of the rank too.
-        """
-        partial, self.partial = self.partial, None
-        if partial is None:
-            self.epoch += 1
-            checks = next((n for below, n in CHECKS_PER_EPOCH if self.train_loss < below), 1)
-            partial = {"checks": checks, "steps": [], "seconds": 0.0}
-        seeds = DROPOUT, self.config["seed"], self.epoch
-        torch.manual_seed(mixed_seed(*seeds))
-        layers = srr_layers(self.config["srr_layer"], self.config["depth"], self.steps_per_epoch)
-        if "random" in partial:
-            cpu, *cuda = partial["random"][RANK]
-            torch.set_rng_state(cpu)
-            for state in cuda:
-                torch.cuda.set_rng_state(state, self.device)
-        elif RANK:
-            torch.manual_seed(mixed_seed(*seeds, RANK))
-        return partial, layers
 
-    def train_epoch(self, bar, stop=()):
-        """One epoch, or what is left of it, or its part up to the stopping criterion, or, where `stop` fills, to the next step.
+def fit(config, folder, data, model, optimizer, scaler, state, bar):
+    """Train from `state` to the end, epoch by epoch: steps, stopping criterion, log, save.
 
-        Returns whether it was stopped. Nothing in it waits for the device but the stopping criterion.
-        """
-        started, size, target = time.perf_counter(), self.config["batch_size"], self.config["stop_at_loss"]
-        partial, layers = self.begin_epoch()
-        checks = 0 if target is None else partial["checks"]
-        check_at = {math.ceil(self.steps_per_epoch * (i + 1) / checks) for i in range(checks)}
-        self.model.train()
-        steps = [step.to(self.device) * (RANK == 0) for step in partial["steps"]]  # sums over the ranks
-        stopped, total = False, len(self.data.train_labels)
-        for i, (images, labels) in enumerate(self.batches(self.epoch, len(steps)), len(steps)):
+    Raises InputError, naming epoch and step, where the loss or tokens are not finite.
+    """
+    on_gpu, (rank, world) = data.train_labels.is_cuda, ranks()
+    eta, target, size = config["srr_reg"], config["stop_at_loss"], config["batch_size"]
+    steps_per_epoch = math.ceil(len(data.train_labels) / size)
+    step = step_of(config, model, optimizer, scaler)
+    saved_at = time.monotonic()
+    while not finished(state, config):
+        began, first_step = time.perf_counter(), state["step"]
+        state["epoch"] += 1
+        # Dropout and random layers are functions of (seed, epoch), dropout of the rank too.
+        torch.manual_seed(mixed_seed(DROPOUT, config["seed"], state["epoch"]))
+        regularised = srr_layers(config["srr_layer"], config["depth"], steps_per_epoch) if eta else [()] * steps_per_epoch
+        if rank > 0:
+            torch.manual_seed(mixed_seed(DROPOUT, config["seed"], state["epoch"], rank))
+        checks = next((n for below, n in CHECKS_PER_EPOCH if state["checked_loss"] < below), 1)
+        check_after = {math.ceil(steps_per_epoch * (i + 1) / checks) for i in range(checks)}
+        augment = config["augment"] == "basic"
+        results = []
+        model.train()
+        for images, labels, weight in batches(data, size, config["seed"], state["epoch"], augment, rank, world):
+            rate = learning_rate(state["step"], config["epochs"] * steps_per_epoch, config["lr"], config["schedule"])
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"].fill_(rate) if on_gpu else rate
             try:
-                steps.append(self.train_step(images, labels, layers[i], len(labels) / min(size, total - i * size)))
+                results.append(step(images, labels, weight, tuple(regularised[len(results)])))
             except ValueError as error:  # from the coding rates
-                self.fail(self.step + 1, error)
+                raise InputError(f"epoch {state['epoch']}, step {state['step'] + 1}: {error}; try a smaller --lr or --amp off")
+            state["step"] += 1
             bar.update()
-            if i + 1 in check_at:
-                # How far above the target it is matters at the epoch's end alone, and up to 0.05: that decides the checks.
-                enough = target if i + 1 < self.steps_per_epoch else max(target, 0.05)
-                self.train_loss = self.training_loss(enough)
-                self.model.train()
-                if self.reached_target:
+            if target is not None and len(results) in check_after:
+                # How far above the target the loss is matters at an epoch's end, up to 0.05: the next epoch's checks.
+                enough = max(target, 0.05) if len(results) == steps_per_epoch else target
+                state["checked_loss"] = training_loss(model, data, enough)
+                model.train()
+                if finished(state, config):
                     break
-            stopped = distributed.anywhere(bool(stop))
-            if stopped:
-                break
-        sums = distributed.total(torch.stack(steps))
-        losses, correct, srr = sums.double().cpu().T
-        finite = (losses + srr).isfinite()
-        if not finite.all():
-            i = int(finite.logical_not().nonzero()[0])
-            self.fail(self.step - len(steps) + i + 1, f"the loss is {losses[i] + srr[i]}")
-        if stopped and len(steps) < self.steps_per_epoch:
-            states = [torch.get_rng_state()]
-            if self.device.type == "cuda":
-                states.append(torch.cuda.get_rng_state(self.device))
-            seconds = partial["seconds"] + time.perf_counter() - started
-            self.partial = partial | {"steps": sums, "random": distributed.gather(states), "seconds": seconds}
-            return True
-        means = {"train_loss": losses.mean().item(), "train_accuracy": correct.sum().item() / min(total, len(steps) * size)}
-        if self.config["srr_reg"]:
-            means["train_srr"] = srr.mean().item()
-        self.log(started - partial["seconds"], **means, lr=self.optimizer.param_groups[0]["lr"])
-        bar.set_postfix(loss=f"{means['train_loss']:.4f}", val=f"{100 * self.rows[-1]['val_accuracy']:.1f}%")
-        return stopped
+        results = torch.stack(results)  # (steps, 3): the first moment at which the host waits for the device
+        if world > 1:
+            dist.all_reduce(results)
+        results = results.cpu().numpy() / world
+        for i in np.flatnonzero(~np.isfinite(results.sum(1)))[:1]:
+            where = f"epoch {state['epoch']}, step {first_step + i + 1}"
+            raise InputError(f"{where}: the loss is {results[i, 0] + eta * results[i, 2]}; try a smaller --lr or --amp off")
+        sizes = [min(size, len(data.train_labels) - i * size) for i in range(len(results))]
+        loss, accuracy, measure = np.average(results, axis=0, weights=sizes).tolist()
+        row = {"epoch": state["epoch"], "step": state["step"], "lr": rate, "train_loss": loss, "train_accuracy": accuracy}
+        if eta:
+            row["train_srr"] = measure
+        log_epoch(row, state, config, data, model, began)
+        bar.set_postfix(loss=f"{loss:.4f}")
+        if rank == 0:
+            with open(folder / "log.jsonl", "a") as stream:
+                stream.write(json.dumps(state["rows"][-1]) + "\n")
+            if finished(state, config) or time.monotonic() >= saved_at + config["save_every"]:
+                parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+                parts = {name: part.state_dict() for name, part in parts.items()}
+                save_checkpoint(folder / "last.pt", {"config": identity(config), **parts, **state})
+                saved_at = time.monotonic()
 
-    @torch.no_grad()
-    def training_loss(self, enough, chunk=256):
-        """Mean cross-entropy over the training set as `evaluate` has it, or a lower bound of at least `enough`.
 
-        The images that were hardest at the last check come first: where few of them make up most of the loss, the rest need
-        not be looked at to know that it is too high.
-        """
-        self.model.eval()
-        total, losses = 0.0, []
-        for index in self.hardest_first.split(chunk):
-            part, mine = torch.zeros(len(index), dtype=torch.float64, device=self.device), index[RANK::WORLD]
-            if len(mine):
-                logits = self.model(self.data.resize(self.data.train_images[mine]))
-                part[RANK::WORLD] = F.cross_entropy(logits.double(), self.data.train_labels[mine], reduction="none")
-            losses.append(distributed.total(part))
-            total += losses[-1].sum().item() / len(self.hardest_first)
-            if total >= enough:
-                break
-        seen = torch.cat(losses)
-        self.hardest_first[: len(seen)] = self.hardest_first[: len(seen)][seen.argsort(descending=True)]
-        return total
+def begin(config, folder):
+    """Data, model, optimizer, scaler and state of a run: as last.pt has them, or new, with init.pt and the log's first row.
 
-    def fail(self, step, reason):
-        raise InputError(f"{self.folder}: epoch {self.epoch}, step {step}: {reason}; try a smaller --lr or --amp off")
+    Adam; weight decay, if any, is decoupled (AdamW) and on matrices alone. Raises InputError where last.pt can't be resumed.
+    """
+    device, on_gpu, last = torch.device(config["device"]), config["device"].startswith("cuda"), folder / "last.pt"
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its dropout is rounded to sixteenths in 16 bits (pytorch pull request 174245)
+    data = data_of(config, device=device)
+    torch.manual_seed(config["seed"])
+    model = model_of(config).to(device)
+    matrices = {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": config["weight_decay"]}
+    others = {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([matrices, others], lr=config["lr"], fused=True, capturable=on_gpu)
+    scaler = torch.amp.GradScaler(device.type, enabled=config["amp"] == "fp16")
+    # checked_loss: cross-entropy over the training set at the last check of the stopping criterion.
+    state = {"epoch": 0, "step": 0, "checked_loss": math.inf, "rows": []}
+    if last.exists():
+        saved = load_weights(model, last, config)
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
+            state = {key: saved[key] for key in state}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{last}: can't be resumed ({error}); delete it to start the run again")
+    elif ranks()[0] == 0 and config["epochs"]:
+        save_checkpoint(folder / "init.pt", {"config": identity(config), "model": model.state_dict()})
+    if on_gpu:
+        for group in optimizer.param_groups:  # a CUDA graph reads the learning rate from the device
+            group["lr"] = torch.tensor(config["lr"], device=device)
+    if config["compile"]:
+        compile_layers(model)
+    if not state["rows"]:
+        log_epoch({"epoch": 0, "step": 0}, state, config, data, model, time.perf_counter())
+    if ranks()[0] == 0:  # a kill between logging and saving leaves a row too many: the checkpoint's rows are the log
+        write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state["rows"]))
+    return data, model, optimizer, scaler, state
 
-    def finish(self):
-        """Evaluate, write result.json and return what it says."""
-        train_loss, train_accuracy = evaluate(self.model, self.data, self.data.train_images, self.data.train_labels)
-        val_loss, val_accuracy = (self.rows[-1][key] for key in ("val_loss", "val_accuracy"))
-        result = {
-            "reached_target": self.reached_target, "epochs": self.epoch, "steps": self.step,
-            "train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy,
-            "gap": val_loss - train_loss, "gap_accuracy": train_accuracy - val_accuracy,
-            "seconds": round(sum(row["seconds"] for row in self.rows), 3), "config_sha256": config_sha256(self.config),
-        }  # fmt: skip
-        if RANK == 0:
-            write_json(self.folder / "result.json", result)
-        return result
+
+def finish(config, folder, data, model, state):
+    """Evaluate the trained model, write val_losses.npy and result.json and return what this one says."""
+    train_losses, train_accuracy = evaluate(model, data, data.train_images, data.train_labels)
+    val_losses, val_accuracy = evaluate(model, data, data.val_images, data.val_labels)
+    train_loss, val_loss = train_losses.mean().item(), val_losses.mean().item()
+    measures = [row["train_srr"] for row in state["rows"] if "train_srr" in row]
+    result = {
+        "reached_target": None if config["stop_at_loss"] is None else state["checked_loss"] < config["stop_at_loss"],
+        "epochs": state["epoch"], "steps": state["step"],
+        "train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy,
+        "gap": val_loss - train_loss, "gap_accuracy": train_accuracy - val_accuracy,
+        "train_srr": [measures[0], measures[-1]] if measures else None,  # of the first and the last epoch
+        "seconds": round(sum(row["seconds"] for row in state["rows"]), 3), "config_checksum": checksum(config),
+    }  # fmt: skip
+    if ranks()[0] == 0:
+        array = io.BytesIO()
+        np.save(array, val_losses.float().cpu().numpy())
+        write_bytes(folder / "val_losses.npy", array.getvalue())
+        write_json(folder / "result.json", result)
+    return result
 
 
 def train(config, folder, show_progress=True):
-    """Train the run that `config` describes in `folder`, from where it stands. Returns its result (of result.json).
+    """Train the run that `config` describes in `folder`, from where it stands. Returns what result.json holds.
 
-    Raises InputError where the folder holds another run or is in use, a checkpoint can't be read, or the loss is not
-    finite (naming epoch and step; the last saved epoch stays), and leaves the reason in error.txt. Raises
-    Interrupted on SIGINT and SIGTERM, after the step that they came in has been saved.
+    Raises Busy where another process has the folder, InputError where it holds another run, a checkpoint can't be read or the
+    loss is not finite; the last saved epoch stays, and the reason is left in error.txt.
     """
-    folder = Path(folder)
+    folder, (rank, world) = Path(folder), ranks()
     folder.mkdir(parents=True, exist_ok=True)
-    with deferred_signals() as stop, locked(folder) if RANK == 0 else nullcontext():
-        check_config(config, folder)
-        if distributed.agree((folder / "result.json").exists()):
-            return finished_run(folder)[1]
-        if RANK == 0:
+    with locked(folder) if rank == 0 else nullcontext():
+        if world > 1:
+            dist.barrier()  # all see what rank 0 wrote last
+        if (folder / "config.json").exists():
+            check_same_run(read_json(folder / "config.json"), config, folder / "config.json")
+        if (folder / "result.json").exists():
+            return read_run(folder)[1]
+        if rank == 0:
+            write_json(folder / "config.json", config)
             for leftover in [folder / "error.txt", *folder.glob(".*.tmp")]:
                 leftover.unlink(missing_ok=True)
-            if not (folder / "config.json").exists():
-                write_json(folder / "config.json", config)
         try:
-            run = Run(config, folder)
-            run.start()
-            progress = dict(total=run.total_steps, initial=run.step, desc=folder.name, unit="step", leave=False)
+            data, model, optimizer, scaler, state = begin(config, folder)
+            steps = config["epochs"] * math.ceil(len(data.train_labels) / config["batch_size"])
+            progress = {"total": steps, "initial": state["step"], "desc": folder.name, "unit": "step", "leave": False}
             with tqdm(**progress, disable=not show_progress) as bar:
-                saved = time.monotonic()
-                while not run.finished:
-                    stopped = run.train_epoch(bar, stop)
-                    if stopped or run.finished or time.monotonic() >= saved + config["save_every"]:
-                        run.save()
-                        saved = time.monotonic()
-                    if stopped:
-                        raise Interrupted(stop[0] if stop else signal.SIGTERM)  # that another rank got
-            return run.finish()
+                fit(config, folder, data, model, optimizer, scaler, state, bar)
+            return finish(config, folder, data, model, state)
         except (ValueError, RuntimeError, OSError) as error:
-            if stop:  # the same signal may have ended a worker before it could ignore it
-                raise Interrupted(stop[0])
-            with suppress(OSError):
-                if not (folder / "error.txt").exists():  # the first rank to fail knows why; the others lose their connection
+            if rank == 0:
+                with suppress(OSError):
                     write_text(folder / "error.txt", one_line(error) + "\n")
             raise

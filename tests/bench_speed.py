@@ -1,11 +1,10 @@
-"""The speed benchmark: `python tests/bench_speed.py` prints its tables in at most five minutes on two cores.
+"""The speed benchmark: `python tests/bench_speed.py` prints its tables in some three minutes on two cores.
 
 Every ratio is of two things that are run in turn in this process: medians over rounds after a warm-up. "Textbook" is
 tests/reference.py: ISTA with three products per token, attention with a materialised softmax and a loop over heads, logdet on
-the d x d side, the stop-gradient by running layers again, unfused Adam, noise drawn and evaluated direction by direction.
+the d x d side, unfused Adam, noise drawn and evaluated direction by direction.
 
-    python tests/bench_speed.py --json FILE      also write the numbers to FILE
-    python tests/bench_speed.py --out FOLDER     also write the tables and the figure of growth to FOLDER
+    python tests/bench_speed.py --out results/speed     also write the tables and the figure of growth to a folder
     python tests/bench_speed.py --width 96 --depth 2 --rounds 2     smaller, to try it
 """
 
@@ -21,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,12 +28,12 @@ sys.path.insert(0, str(ROOT))
 
 from crate import figures, measures  # noqa: E402
 from crate.data import batches, load_data  # noqa: E402
-from crate.files import markdown_table, write_json, write_text  # noqa: E402
-from crate.layers import subspace_attention  # noqa: E402
+from crate.files import markdown_table, write_text  # noqa: E402
+from crate.kernels import self_attention  # noqa: E402
 from crate.model import build_model  # noqa: E402
-from crate.provenance import provenance  # noqa: E402
 from crate.rates import coding_rate, merge_heads, split_heads, subspace_gradient  # noqa: E402
-from crate.srr import add_srr_gradients  # noqa: E402
+from crate.srr import record, srr  # noqa: E402
+from crate.training import compile_layers  # noqa: E402
 from tests import reference  # noqa: E402
 
 PATCH, CHANNELS, CLASSES, HEADS, ETA = 4, 3, 10, 6, 1e-3
@@ -65,17 +63,17 @@ def random_batch(size, tokens=65):
     return torch.randn(size, CHANNELS, SIDES[tokens], SIDES[tokens]), torch.randint(CLASSES, (size,))
 
 
-def our_step(model, batch, layers=(), amp=False):
-    """A training step of ours as a function, with SRR on `layers`."""
+def our_step(model, batch, layers=()):
+    """A training step of ours as a function, with SRR on `layers` (Eq. 14)."""
     optimizer, (images, labels) = torch.optim.AdamW(model.parameters(), fused=True), batch
+    regularised = [model.layers[l] for l in layers]
 
     def step():
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            logits, outputs = model.forward_with_outputs(images)
-            loss = F.cross_entropy(logits, labels)
-        if layers:
-            add_srr_gradients(model, outputs, layers, ETA)
+        with record(regularised) as (inputs, _):
+            loss = F.cross_entropy(model(images), labels)
+        for layer, Z in zip(regularised, inputs):
+            loss = loss + ETA / len(layers) * srr(layer(Z.detach()), layer.mssa.U.weight.mT, HEADS).mean()
         loss.backward()
         optimizer.step()
 
@@ -83,8 +81,7 @@ def our_step(model, batch, layers=(), amp=False):
 
 
 def compiled_step(model, batch):
-    for layer in model.layers:
-        layer.compile()
+    compile_layers(model)
     return our_step(model, batch)
 
 
@@ -130,8 +127,8 @@ def peak_memory(**case):
     return int(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
-def print_peak_memory(width, depth, batch, tokens=65, srr=False):
-    step = our_step(model_of(width, depth, tokens), random_batch(batch, tokens), range(depth) if srr else ())
+def print_peak_memory(width, depth, batch, tokens=65, layers=()):
+    step = our_step(model_of(width, depth, tokens), random_batch(batch, tokens), layers)
     step()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = resident("VmRSS")
@@ -143,33 +140,14 @@ def trained_on_digits(width=48, depth=4):
     """A model of the laptop preset's size after some epochs, and 250 training images with their labels."""
     data = load_data("digits")
     torch.manual_seed(0)
-    sizes = dict(image_size=8, patch_size=2, channels=1, classes=10)
-    model = build_model("crate-c", **sizes, width=width, depth=depth, heads=HEADS)
+    model = build_model("crate-c", image_size=8, patch_size=2, channels=1, classes=10, width=width, depth=depth, heads=HEADS)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    for epoch in range(8):
-        for images, labels in batches(data, 64, 0, epoch):
+    for epoch in range(20):
+        for images, labels, _ in batches(data, 64, 0, epoch):
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
-    return model.eval(), data.train_images[:250], data.train_labels[:250]
-
-
-def draws_in_a_loop_or_batched(model, images):
-    """Two functions: the logits of ten noisy copies of a model, one after the other and at once (torch.func.vmap)."""
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    noisy = [{name: w + 0.04 * torch.randn_like(w) for name, w in weights.items()} for _ in range(10)]
-    stacked = {name: torch.stack([draw[name] for draw in noisy]) for name in weights}
-
-    @torch.no_grad()
-    def loop():
-        return torch.stack([functional_call(model, draw, (images,)) for draw in noisy])
-
-    @torch.no_grad()
-    def batched():
-        return vmap(lambda draw: functional_call(model, draw, (images,)))(stacked)
-
-    assert torch.allclose(loop(), batched(), atol=1e-3)
-    return loop, batched
+    return model.eval(), data.prepare(data.train_images[:250]), data.train_labels[:250]
 
 
 def ms(seconds):
@@ -177,43 +155,31 @@ def ms(seconds):
 
 
 def ratios(width, depth, rounds):
-    """The rows of the first table: name, ratio, goal, what is divided, by what."""
-    batch = random_batch(64)
+    """The rows of the first table: what is divided by what, ratio, goal, both in words."""
+    batch, last, every = random_batch(64), [depth - 1], range(depth)
     compiled = compiled_step(model_of(width, depth), batch)
-    began = time.perf_counter()
     compiled()
-    compilation = time.perf_counter() - began
     ours = our_step(model_of(width, depth), batch)
     with FlopCounterMode(display=False) as counter:
         ours()
-    steps = [
-        ours, textbook_step(model_of(width, depth), batch), our_step(model_of(width, depth), batch, [depth - 1]),
-        our_step(model_of(width, depth), batch, range(depth)), compiled,
-    ]  # fmt: skip
-    ours, textbook, last, every, compiled = interleaved(steps, rounds)
+    steps = [textbook_step(model_of(width, depth), batch), compiled]
+    steps += [our_step(model_of(width, depth), batch, layers) for layers in (last, every)]
+    plain, textbook, compiled, last_layer, all_layers = interleaved([ours, *steps], rounds)
     flops, gemm = counter.get_total_flops(), gemm_rate()
-    yield "training step, textbook / ours", textbook / ours, ">= 1.6", ms(textbook), ms(ours)
-    yield ("training step, its matrix products at the GEMM rate / ours", flops / gemm / ours, ">= 0.65",
-           f"{flops / 1e9:.0f} GFLOP at {gemm / 1e9:.0f} GFLOP/s", ms(ours))  # fmt: skip
-    yield "step with SRR on the last layer / without", last / ours, "<= 1.12", ms(last), ms(ours)
-    yield "step with SRR on all layers / without", every / ours, "<= 2.3", ms(every), ms(ours)
-    yield f"step under torch.compile ({compilation:.0f} s to compile) / without", compiled / ours, "", ms(compiled), ms(ours)
-    few = random_batch(4)  # it is that slow on a CPU without bf16 products
-    full, half = interleaved([our_step(model_of(width, depth), few, amp=amp) for amp in (False, True)], rounds)
-    yield "step of 4 images in bf16 autocast / in float32", half / full, "", ms(half), ms(full)
+    yield "training step, textbook / ours", textbook / plain, ">= 1.6", ms(textbook), ms(plain)
+    work = f"{flops / 1e9:.0f} GFLOP at {gemm / 1e9:.0f}/s"
+    yield "its matrix products at the rate of a large one / training step", flops / gemm / plain, ">= 0.65", work, ms(plain)
+    yield "step with SRR on the last layer / without", last_layer / plain, "<= 1.15", ms(last_layer), ms(plain)
+    yield "step with SRR on all layers / without", all_layers / plain, "", ms(all_layers), ms(plain)
+    yield "step under --compile / without", compiled / plain, "", ms(compiled), ms(plain)
 
     slow, fast = interleaved([rates_of(reference.coding_rate, width), rates_of(coding_rate, width)], 3 * rounds)
-    yield "coding rates forward + backward, textbook / ours", slow / fast, ">= 5", ms(slow), ms(fast)
+    yield "coding rate forward and backward, textbook / ours", slow / fast, ">= 5", ms(slow), ms(fast)
 
-    small = random_batch(64, 17)
-    slow, fast = interleaved([make(model_of(48, 4, 17), small) for make in (textbook_step, our_step)], 6 * rounds)
-    yield (
-        "training step of the laptop preset's size (N = 17, d = 48, L = 4), textbook / ours",
-        slow / fast,
-        "",
-        ms(slow),
-        ms(fast),
-    )
+    small = random_batch(32, 17)
+    laptop = [make(model_of(48, 4, 17), small) for make in (textbook_step, our_step)]
+    slow, fast = interleaved([*laptop], 6 * rounds)
+    yield "step of the laptop preset's size (N = 17, d = 48, L = 4), textbook / ours", slow / fast, "", ms(slow), ms(fast)
 
     model, images, labels = trained_on_digits()
     weights = measures.perturbed_parameters(model)
@@ -223,19 +189,11 @@ def ratios(width, depth, rounds):
             return reference.noise_scale(lambda draw: measures.accuracy(model, draw, images, labels), weights)
 
     slow, fast = interleaved([textbook_search, lambda: measures.noise_scale(model, images, labels)], rounds)
-    yield (
-        "PAC-Bayes search for sigma (laptop preset, 250 images), bisection and a loop / ours",
-        slow / fast,
-        ">= 2",
-        ms(slow),
-        ms(fast),
-    )
-    slow, fast = interleaved(draws_in_a_loop_or_batched(model, images), 2 * rounds)
-    yield "ten noisy copies of that model, in a loop / batched by vmap", slow / fast, ">= 2", ms(slow), ms(fast)
+    yield "PAC-Bayes search for sigma (250 images), bisection / ours", slow / fast, ">= 2", ms(slow), ms(fast)
 
-    with_srr, without = (peak_memory(width=width, depth=depth, batch=64, srr=srr) for srr in (True, False))
-    yield ("peak memory of the step with SRR on all layers / without", with_srr / without, "<= 2",
-           f"{with_srr / 2**20:.0f} MiB", f"{without / 2**20:.0f} MiB")  # fmt: skip
+    with_srr, without = (peak_memory(width=width, depth=depth, batch=64, layers=list(layers)) for layers in (last, ()))
+    memory = (f"{size / 2**20:.0f} MiB" for size in (with_srr, without))
+    yield "peak memory of the step with SRR on the last layer / without", with_srr / without, "<= 2", *memory
 
 
 def exponent(x, y):
@@ -252,12 +210,8 @@ def growth(rounds):
         cases = [base | {key: value} for value in values]
         steps = [our_step(model_of(c["width"], c["depth"], c["tokens"]), random_batch(c["batch"], c["tokens"])) for c in cases]
         for case, value, seconds in zip(cases, values, interleaved(steps, rounds)):
-            N, d = case["tokens"], case["width"]
-            attention = (
-                2 * N / (2 * N + 3 * d)
-            )  # of a layer's operations: 4 N^2 d in attention, 6 N d^2 in products with U, U, M
-            rows.append({"axis": axis, "value": value, "seconds": seconds / case["batch"], "attention": attention,
-                         "bytes": peak_memory(**case) / case["batch"]})  # fmt: skip
+            memory = peak_memory(**case) / case["batch"]
+            rows.append({"axis": axis, "value": value, "seconds": seconds / case["batch"], "bytes": memory})
     return rows
 
 
@@ -269,19 +223,16 @@ def growth_table(rows):
         lines.append([axis, *values, "exponent"])
         lines.append(["ms per image", *(f"{1e3 * s:.2f}" for s in seconds), f"{exponent(values, seconds):.2f}"])
         lines.append(["MiB per image", *(f"{b / 2**20:.2f}" for b in size), f"{exponent(values, size):.2f}"])
-        lines.append(["attention's share of the operations", *(f"{100 * row['attention']:.0f} %" for row in own), ""])
     return markdown_table(["training step (N = 65, d = 192, L = 4 but for)", "", "", "", "", ""], lines)
 
 
 def growth_figure(rows, path):
     figure, axes = figures.canvas(1, 3, width=2.8, height=2.6)
+    lines = (("seconds", 1e3, "#0072B2", "ms per image"), ("bytes", 2**-20, "#D55E00", "MiB per image"))
     for axis, name in zip(axes, "NdL"):
         own = [row for row in rows if row["axis"] == name]
         values = [row["value"] for row in own]
-        for key, scale, colour, label in (
-            ("seconds", 1e3, "#0072B2", "ms per image"),
-            ("bytes", 2**-20, "#D55E00", "MiB per image"),
-        ):
+        for key, scale, colour, label in lines:
             y = [scale * row[key] for row in own]
             axis.loglog(values, y, "o-", color=colour, markersize=4, label=f"{label}, exponent {exponent(values, y):.2f}")
         axis.set_xticks(values, values)
@@ -295,24 +246,9 @@ def exact_step_times(rounds):
     """Rows N, ms of softmax attention and of crate-e's exact step, forward and backward, d = 192, K = 6, one image."""
     for N in (65, 197, 785, 2048, 4096):
         V = split_heads(torch.randn(1, N, 192), HEADS).requires_grad_()
-        functions = [
-            lambda f=f: torch.autograd.grad(merge_heads(f(V)).sum(), V) for f in (subspace_attention, subspace_gradient)
-        ]
+        functions = [lambda f=f: torch.autograd.grad(merge_heads(f(V)).sum(), V) for f in (self_attention, subspace_gradient)]
         softmax, exact = interleaved(functions, 2 * rounds)
         yield [N, f"{1e3 * softmax:.3g}", f"{1e3 * exact:.3g}", f"{softmax / exact:.2f}"]
-
-
-def profile_table():
-    """Where a training step of the laptop preset's size spends its time, by operation: share and calls a step."""
-    step, steps = our_step(model_of(48, 4, 17), random_batch(64, 17)), 20
-    step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(steps):
-            step()
-    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
-    lines = [[f"`{e.key[:50]}`", f"{100 * e.self_cpu_time_total / total:.0f} %", e.count // steps] for e in events[:10]]
-    return markdown_table(["laptop-sized step: operation", "share of time", "calls"], lines)
 
 
 def main():
@@ -320,40 +256,33 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--width", type=int, default=384, help="default: 384, CRATE-Tiny")
     parser.add_argument("--depth", type=int, default=12, help="default: 12")
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--out", metavar="FOLDER")
+    parser.add_argument("--out", type=Path, metavar="FOLDER")
     parser.add_argument("--peak-memory", help=argparse.SUPPRESS)  # one case, for a process of its own
     arguments = parser.parse_args()
     if arguments.peak_memory:
         return print_peak_memory(**json.loads(arguments.peak_memory))
     began = time.perf_counter()
-    made = provenance()
     where = (
-        f"{made['versions']['processor']}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
-        f"torch {torch.__version__}; d = {arguments.width}, L = {arguments.depth}, K = {HEADS}, N = 65, batch 64, float32; "
+        f"{platform.machine()}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch "
+        f"{torch.__version__}; d = {arguments.width}, L = {arguments.depth}, K = {HEADS}, N = 65, batch 64, float32; "
         f"medians of {arguments.rounds} rounds."
     )
-    rows = []
+    lines = []
     for row in ratios(arguments.width, arguments.depth, arguments.rounds):
         print(f"{row[0]}: {row[1]:.3f}", file=sys.stderr)
-        rows.append(dict(zip(("row", "ratio", "goal", "first", "second"), row)))
+        lines.append([row[0], f"{row[1]:.3f}", *row[2:]])
     grown, exact = growth(max(2, arguments.rounds // 2)), list(exact_step_times(arguments.rounds))
-    text = "\n".join(
-        [
-            where + "\n",
-            markdown_table(list(rows[0]), [(row | {"ratio": format(row["ratio"], ".3f")}).values() for row in rows]),
-            growth_table(grown),
-            markdown_table(["N", "softmax attention, ms", "exact step, ms", "ratio"], exact),
-            profile_table(),
-        ]
-    )
+    tables = [
+        markdown_table(["row", "ratio", "goal", "first", "second"], lines),
+        growth_table(grown),
+        markdown_table(["N", "softmax attention, ms", "exact step, ms", "ratio"], exact),
+    ]
+    text = "\n".join([where + "\n", *tables])
     print(text, f"measured in {time.perf_counter() - began:.0f} s", sep="\n")
-    if arguments.json:
-        write_json(arguments.json, {"where": where, "rows": rows, "growth": grown, "exact_step": exact})
     if arguments.out:
-        Path(arguments.out).mkdir(parents=True, exist_ok=True)
-        write_text(Path(arguments.out) / "speed.md", text)
-        growth_figure(grown, Path(arguments.out) / "growth.png")
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write_text(arguments.out / "speed.md", text)
+        growth_figure(grown, arguments.out / "growth.png")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
 """Shared by the tests: running a script as its user would, but in this process, and the table of faults."""
 
 import importlib
+import os
 import sys
 
-import pytest
-import torch
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread costs more than it brings
+if not any("cuda" in argument for argument in sys.argv):  # without -m cuda, tests mean the CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-from crate.cli import run
-from crate.data import load_data
-from crate.files import markdown_table
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
+from crate.cli import run  # noqa: E402
+from crate.data import load_data  # noqa: E402
+from crate.files import markdown_table  # noqa: E402
+
+torch.set_num_threads(1)
+FAULTS = {}  # (fault, outcome): tries
 
 
 @pytest.fixture(autouse=True)
@@ -20,33 +26,29 @@ def fresh_data():
     load_data.cache_clear()
 
 
-FAULTS = pytest.StashKey()
-
-
-def pytest_configure(config):
-    config.stash[FAULTS] = {}
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA here, or hidden: run with -m cuda")
 
 
 @pytest.fixture
-def faults(request):
+def faults():
     """faults(fault, tries, outcome): to be called once the outcome has been seen; a row of the table at the end."""
 
     def add(fault, tries, outcome):
-        rows = request.config.stash[FAULTS]
-        rows[fault, outcome] = rows.get((fault, outcome), 0) + tries
+        FAULTS[fault, outcome] = FAULTS.get((fault, outcome), 0) + tries
 
     return add
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if config.option.markexpr == "faults":
-        rows = [(fault, tries, outcome) for (fault, outcome), tries in config.stash[FAULTS].items()]
+        rows = [(fault, tries, outcome) for (fault, outcome), tries in FAULTS.items()]
         terminalreporter.write("\n" + markdown_table(("fault", "tries", "outcome"), rows))
 
 
 def run_script(monkeypatch, name, *arguments):
-    """The exit code of a script, run in this process on one thread."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    """The exit code of a script, run in this process."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         run(importlib.import_module(name).main)
@@ -69,9 +71,8 @@ def script(monkeypatch, capsys):
 def assert_refused(outcome, *words):
     """Exit code 2 and one line on stderr (after progress bars, if any) that holds all `words`; no usage, no traceback."""
     code, _, error = outcome
-    assert code == 2
-    assert "Traceback" not in error and "usage:" not in error
-    line = error.strip().splitlines()[-1]
+    assert code == 2 and "Traceback" not in error and "usage:" not in error, error
+    line = error.replace("\r", "\n").strip().splitlines()[-1]
     assert "error: " in line
     for word in words:
         assert word in line, f"{word!r} not in {line!r}"

@@ -8,7 +8,21 @@ import math
 
 import torch
 
-SIGNS = {"crate-n": -1, "crate-e": -1}  # of the compression step; + for every other variant
+from crate.model import VARIANTS as TABLE
+
+# What the paper (and we, of the last two) say of each variant: sign, heads, output matrix, sparsification.
+PAPER = {
+    "crate-c": (+1, "U", "U", "ISTA"), "crate-n": (-1, "U", "U", "ISTA"), "crate-t": (+1, "U", "U^T", "ISTA"),
+    "crate": (+1, "U", "W", "ISTA"), "crate-fix": (+1, "U", "random", "ISTA"), "crate-identity": (+1, "U", "I", "ISTA"),
+    "crate-e": (-1, "exact", "U", "ISTA"), "vit": (+1, "QKV", "W", "MLP"),
+}  # fmt: skip
+# All variants that can be checked here: a new row of the table is one of them unless its step is new.
+VARIANTS = [name for name, row in TABLE.items() if all(row[i] in {known[i] for known in PAPER.values()} for i in (1, 2, 3))]
+
+
+def fields(variant):
+    """Sign, heads, output matrix and sparsification of a variant."""
+    return PAPER.get(variant, TABLE[variant][:4])
 
 
 # Rates (Eqs. 1, 5) and the SRR measure (Eq. 11)
@@ -113,14 +127,14 @@ def linear(tokens, weights, name):
 
 def output_projection(stacked, weights, variant):
     """What each variant makes of its stacked heads: the table in Section 4 and Table 3."""
-    U = weights["mssa.U.weight"].mT
-    if variant in ("crate-c", "crate-n"):
+    U, output = weights["mssa.U.weight"].mT, fields(variant)[2]
+    if output == "U":
         return (U @ stacked.mT).mT
-    if variant == "crate-t":
+    if output == "U^T":
         return (U.mT @ stacked.mT).mT
-    if variant == "crate-fix":
+    if output == "random":
         return (weights["mssa.fixed"] @ stacked.mT).mT
-    return linear(stacked, weights, "mssa.W") if variant in ("crate", "vit") else stacked
+    return linear(stacked, weights, "mssa.W") if output == "W" else stacked
 
 
 def standard_attention(tokens, weights, heads):
@@ -138,18 +152,23 @@ def mlp(tokens, weights):
     return linear(x * (1 + torch.erf(x / 2**0.5)) / 2, weights, "mlp.2")
 
 
+def compression_step(normed, weights, variant, heads, keep=None):
+    """What is added to the tokens, times the sign: (..., N, d), from LayerNormed tokens."""
+    U, kind = weights["mssa.U.weight"].mT, fields(variant)[1]
+    if kind == "exact":
+        return normed - update("a", normed, U, heads)
+    if kind == "QKV":
+        return output_projection(standard_attention(normed, weights, heads), weights, variant)
+    return output_projection(attention(normed, U, heads, (U.shape[0] / heads) ** -0.5, keep), weights, variant)
+
+
 def layer(tokens, weights, variant, heads, keep=None, keep_output=1.0):
     """One layer's output, from that layer's weights; `keep` and `keep_output` are dropout's factors."""
-    U, normed = weights["mssa.U.weight"].mT, layer_norm(tokens, weights, "norm1")
-    if variant == "crate-e":
-        step = normed - update("a", normed, U, heads)
-    elif variant == "vit":
-        step = output_projection(standard_attention(normed, weights, heads), weights, variant)
-    else:
-        step = output_projection(attention(normed, U, heads, (U.shape[0] / heads) ** -0.5, keep), weights, variant)
-    tokens = tokens + SIGNS.get(variant, 1) * step * keep_output
+    sign, _, _, sparsification = fields(variant)
+    step = compression_step(layer_norm(tokens, weights, "norm1"), weights, variant, heads, keep)
+    tokens = tokens + sign * step * keep_output
     normed = layer_norm(tokens, weights, "norm2")
-    return tokens + mlp(normed, weights) if variant == "vit" else ista(normed, weights["ista.D"])
+    return tokens + mlp(normed, weights) if sparsification == "MLP" else ista(normed, weights["ista.D"])
 
 
 # The classifier
@@ -198,6 +217,11 @@ def released_forward(images, state_dict, heads, patch_size, depth):
         tokens = tokens + linear(stacked, weights, "0.fn.to_out.0")
         tokens = ista(layer_norm(tokens, weights, "1.norm"), weights["1.fn.weight"])
     return linear(layer_norm(tokens[:, 0], state_dict, "mlp_head.0"), state_dict, "mlp_head.1")
+
+
+def at_norm_of(tokens, like):
+    """Each image's tokens (B, N, d) scaled to the Frobenius norm of `like`."""
+    return torch.stack([image * wanted.norm() / image.norm() for image, wanted in zip(tokens, like)])
 
 
 def stop_gradient_srr(outputs, weights, variant, heads, layers, sparsity=0.1, gamma=1.0, norm="l0"):

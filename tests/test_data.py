@@ -1,170 +1,295 @@
-"""Data sets and batches: the shipped digits, tiny files in the formats of Fashion-MNIST and CIFAR, augmentation."""
+"""Data sets and batches: the shipped digits, small files in the formats of the others, class folders, augmentation."""
 
 import gzip
 import hashlib
-import os
+import io
 import pickle
-import shutil
 import struct
+import tarfile
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
-from torchvision import datasets
+from PIL import Image
+from scipy.stats import chisquare, ks_2samp
+from torchvision import datasets, transforms
+from torchvision.transforms import v2
 
 from crate import data as data_module
+from crate.augmentation import crop_and_flip, draw_augmentation, rand_augment
 from crate.cli import InputError
-from crate.data import FASHION_FILES, AugmentedBatches, batches, epoch_order, load_data, mixed_seed
+from crate.data import FASHION_FILES, batches, data_of, epoch_order, load_data, mixed_seed, read
 
 
-def test_digits_are_the_stratified_split():
+def refused(*arguments, **settings):
+    """The message, of one line, with which load_data refuses; the files may be others than a moment ago."""
+    read.cache_clear()
+    with pytest.raises(InputError) as error:
+        load_data(*arguments, **settings)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def random_images(*shape):
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(0)).byte()
+
+
+def test_digits_are_balanced_and_disjoint():
     data = load_data("digits")
-    assert data.train_images.shape == (1437, 1, 8, 8) and data.val_images.shape == (360, 1, 8, 8)
-    train, val = data.train_labels.bincount(), data.val_labels.bincount()
-    assert torch.all((val - (train + val) * 360 / 1797).abs() < 1)
-    assert (train + val).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # the source's documented class counts
-    assert data.raw_train_images.min() == 0 and data.raw_train_images.max() == 255
-    images = torch.cat([data.train_images, data.val_images]).flatten(1)
-    assert len(images.unique(dim=0)) == 1797  # nothing stands in both parts
+    assert data.train_images.shape == (500, 1, 8, 8) and data.val_images.shape == (1297, 1, 8, 8)
+    assert data.train_images.dtype == torch.uint8 and data.train_labels.dtype == torch.int64
+    assert data.train_labels.bincount().tolist() == [50] * 10
+    labels = torch.cat([data.train_labels, data.val_labels])
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # as the source documents
+    images = torch.cat([data.train_images, data.val_images])
+    assert len(images.flatten(1).unique(dim=0)) == 1797 and images.min() == 0 and images.max() == 255
+    shipped = np.load(data_module.DIGITS)
+    rows = dict(zip((image.tobytes() for image in shipped["train_images"] * 255.0 // 16), shipped["train_labels"]))
+    for image, label in zip(data.train_images.double().numpy(), data.train_labels):
+        assert rows[image.tobytes()] == label  # and none of the 360 that were shipped to validate on
 
 
-def test_normalised_by_the_training_set():
+def test_prepare_standardises_and_resizes():
     data = load_data("digits", train_subset=300)
-    pixels = data.raw_train_images.numpy() / 255
-    np.testing.assert_allclose(data.train_images, (pixels - pixels.mean()) / pixels.std(ddof=1), atol=1e-5)
-    raw_val = np.load(data_module.DIGITS)["val_images"].astype(int) * 255 // 16 / 255
-    np.testing.assert_allclose(data.val_images[:, 0], (raw_val - pixels.mean()) / pixels.std(ddof=1), atol=1e-5)
+    pixels = data.train_images.numpy() / 255
+    np.testing.assert_allclose(data.prepare(data.train_images), (pixels - pixels.mean()) / pixels.std(ddof=1), atol=1e-5)
+    large = load_data("digits", train_subset=300, image_size=12)
+    assert large.image_size == 12 and large.prepare(large.val_images[:3]).shape == (3, 1, 12, 12)
+    assert large.prepare(large.val_images[:3]).dtype == torch.float32 and large.val_images.shape[-1] == 8
 
 
-def test_broken_digits(tmp_path, monkeypatch):
-    content = bytearray(data_module.DIGITS.read_bytes())
-    content[1000] ^= 1
-    (tmp_path / "digits.npz").write_bytes(content)
-    monkeypatch.setattr(data_module, "DIGITS", tmp_path / "digits.npz")
-    with pytest.raises(InputError, match="checksum"):
-        load_data("digits")
+def test_train_subset_and_hold_out():
+    a, more, held = (load_data("digits", train_subset=n, hold_out=h) for n, h in ((200, 0), (260, 0), (200, 0.25)))
+    assert torch.equal(a.train_images, more.train_images[:200]) and len(a.val_labels) == 1297
+    assert (len(held.train_labels), len(held.val_labels)) == (150, 50)
+    parts = torch.cat([held.train_images, held.val_images])
+    assert torch.equal(a.train_images.flatten(1).unique(dim=0), parts.flatten(1).unique(dim=0))
+    assert held.prepare(held.train_images).mean().abs() < 1e-5  # by the images that are left
+    config = dict(dataset="digits", data_dir="data", image_size=None, train_subset=200, hold_out=0.25, lr=1)
+    assert torch.equal(data_of(config).val_images, held.val_images)
+    assert "--train-subset 2000: digits has 500" in refused("digits", train_subset=2000)
+    assert "--hold-out 0.001: leaves 0" in refused("digits", hold_out=0.001)
+    assert "digits, fashion-mnist" in refused("mnist") and "FOLDER/train/CLASS" in refused("mnist")
 
 
-def test_held_out_images_come_from_the_training_set():
-    whole, data = load_data("digits", train_subset=200), load_data("digits", train_subset=200, hold_out=0.25)
-    assert len(data.train_labels) == 150 and len(data.val_labels) == 50
-    again = load_data("digits", train_subset=200, hold_out=0.25)
-    assert torch.equal(data.val_images, again.val_images)
-    parts = torch.cat([data.normalise(data.raw_train_images), data.val_images])  # of one mean and standard deviation
-    rows = {tuple(image.flatten().tolist()) for image in data.normalise(whole.raw_train_images)}
-    assert len(rows) == 200 and rows == {tuple(image.flatten().tolist()) for image in parts}
-    assert data.train_images.mean((0, 2, 3)).abs().max() < 1e-5  # standardised by the images that are left for training
-    with pytest.raises(InputError, match="--hold-out 0.001: leaves 0"):
-        load_data("digits", train_subset=200, hold_out=0.001)
+def write_picture(path, size=(6, 6), mode="RGB", number=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(number).integers(0, 256, (size[1], size[0], len(mode)), np.uint8).tobytes()
+    image = Image.frombytes(mode, size, values)
+    if mode == "P":
+        image.putpalette((values * 22)[:768])
+    image.save(path)
 
 
-def test_train_subset_is_fixed_and_bounded():
-    a, b, more = (load_data("digits", train_subset=images) for images in (50, 50, 60))
-    assert torch.equal(a.raw_train_images, b.raw_train_images)
-    assert torch.equal(a.raw_train_images, more.raw_train_images[:50])
-    assert len(a.val_labels) == 360
-    with pytest.raises(InputError, match="--train-subset 2000.*1437"):
-        load_data("digits", train_subset=2000)
+def write_classes(folder, names="ab", test="test", kind="png", **settings):
+    """Three training pictures a class, two for the test."""
+    for part, count in (("train", 3), (test, 2)):
+        for i, name in enumerate(names):
+            for j in range(count):
+                write_picture(folder / part / name / f"{j}.{kind}", number=100 * i + 10 * j + count, **settings)
+    return folder
 
 
-def test_resize():
-    data = load_data("digits", image_size=12)
-    assert data.resize(data.train_images[:3]).shape == (3, 1, 12, 12)
-    same = load_data("digits")
-    assert same.resize(same.train_images) is same.train_images
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("kind, test", [("png", "test"), ("jpg", "val"), ("png", "valid")])
+def test_class_folders(tmp_path, kind, test, mode):
+    data = load_data(str(write_classes(tmp_path, "abc", test, kind, mode=mode)), image_size=8)
+    assert data.classes == 3 and data.image_size == 8 and data.train_images.shape == (9, len(mode), 6, 6)
+    assert data.train_labels.tolist() == [0, 1, 2] * 3 and data.val_labels.tolist() == [0, 1, 2] * 2  # they take turns
+    for i, (image, label) in enumerate(zip(data.train_images, data.train_labels)):
+        expected = Image.open(tmp_path / "train" / "abc"[label] / f"{i // 3}.{kind}")
+        assert np.array_equal(image.permute(1, 2, 0).squeeze(2), np.asarray(expected))
+    assert data.prepare(data.val_images).shape == (6, len(mode), 8, 8)
 
 
-def write_fashion(folder, n):
-    """The four files with n training and n + 1 validation images; returns the arrays in their order."""
+def test_grey_palette_and_transparent_pictures_become_colour(tmp_path):
+    write_classes(tmp_path, mode="L")
+    for mode in ("P", "RGBA", "LA"):
+        write_picture(tmp_path / "train/a" / f"{mode}.png", mode=mode)
+    data = load_data(tmp_path)
+    found = data.train_images[data.train_labels == 0].permute(0, 2, 3, 1)
+    expected = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((tmp_path / "train/a").iterdir())]
+    assert np.array_equal(found, np.stack(expected)) and len(found) == 6
+
+
+def test_pictures_of_several_sizes(tmp_path):
+    write_classes(tmp_path, size=(12, 8))
+    assert "not of one square size: 12 x 8" in refused(tmp_path)
+    write_picture(tmp_path / "train/b/0.png", size=(9, 9))
+    message = refused(tmp_path)
+    assert "9 x 9" in message and "train/b/0.png" in message and "--image-size" in message
+    data = load_data(tmp_path, image_size=5)
+    expected = Image.open(tmp_path / "train/a/0.png").resize((5, 5), Image.Resampling.BILINEAR)
+    assert np.array_equal(data.train_images[0].permute(1, 2, 0), np.asarray(expected))
+
+
+def test_hidden_files_links_and_many_classes(tmp_path):
+    folder = write_classes(tmp_path / "data", [f"n{i:04}" for i in range(2)], size=(2, 2))
+    for part, i in ((part, i) for part in ("train", "test") for i in range(2, 1000)):
+        (folder / part / f"n{i:04}").mkdir()
+        (folder / part / f"n{i:04}/x.png").symlink_to(folder / "train/n0000/0.png")
+    (folder / "train/n0000/.DS_Store").write_bytes(b"no picture")
+    (folder / "train/.cache").mkdir()
+    (folder / "train/z").symlink_to(folder / "train/n0001")
+    (folder / "test/z").symlink_to(folder / "test/n0001")
+    data = load_data(folder)
+    assert data.classes == 1001 and data.train_labels[:1001].tolist() == list(range(1001)) and len(data.train_labels) == 1007
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+DAMAGE = [  # what is done to a folder, and what the message says
+    (lambda f: (f / "test/b").rename(f / "b"), "/test/b: no picture there"),
+    (lambda f: [path.unlink() for path in (f / "train/a").iterdir()], "/train/a: no picture there"),
+    (lambda f: (f / "test/a/x.txt").write_text("hello"), "/test/a/x.txt: not a picture"),
+    (lambda f: cut(f / "train/b/1.jpg"), "/train/b/1.jpg: not a picture, cut off or unreadable (image file is truncated"),
+    (lambda f: Image.new("I;16", (9, 9)).save(f / "train/b/3.png"), "/train/b/3.png: not a picture, cut off or unreadable ("),
+    (lambda f: (f / "train/a/x").mkdir(), "/train/a/x: not a picture, cut off or unreadable (Is a directory)"),
+    (lambda f: (f / "train").rename(f / "training"), "/train: no such folder; expected FOLDER/train/CLASS"),
+    (lambda f: (f / "test").rename(f / "dev"), "/test: no such folder; expected FOLDER/train/CLASS"),
+    (lambda f: [(f / part / "b").rename(f / part / ".b") for part in ("train", "test")], "/train: 1 class folders;"),
+]  # fmt: skip
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage, words", DAMAGE, ids=[words.split(";")[0] for _, words in DAMAGE])
+def test_damaged_class_folders(tmp_path, damage, words):
+    damage(write_classes(tmp_path, kind="jpg", size=(9, 9)))
+    assert f"{tmp_path}{words}" in refused(tmp_path)
+
+
+def test_cifar10_as_class_folders(tmp_path):
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    write_classes(tmp_path / "cifar10", names, kind="jpg", size=(32, 32))
+    data = load_data("cifar10", tmp_path)
+    assert data.classes == 10 and data.train_images.shape == (30, 3, 32, 32)
+    assert data.train_labels.tolist() == list(range(10)) * 3
+    write_classes(tmp_path / "small/cifar10", names, size=(16, 16))
+    assert "images of 3 x 16 x 16" in refused("cifar10", tmp_path / "small")
+    write_classes(tmp_path / "few/cifar10", names[:9], size=(32, 32))
+    assert "9 classes" in refused("cifar10", tmp_path / "few")
+
+
+def write_fashion(folder, images=(7, 8), labels=None, pixels=28, classes=10, gz=True):
+    """The four files with so many training and validation images; returns the arrays in their order."""
     random, arrays = np.random.default_rng(0), []
     folder.mkdir(parents=True, exist_ok=True)
     for name in FASHION_FILES:
-        shape = (n + name.startswith("t10k"), 28, 28)[: 3 if "images" in name else 1]
-        arrays.append(random.integers(0, 256 if "images" in name else 10, shape, dtype=np.uint8))
-        header = struct.pack(">BBBB", 0, 0, 8, len(shape)) + struct.pack(f">{len(shape)}i", *shape)
-        (folder / name).write_bytes(gzip.compress(header + arrays[-1].tobytes()))
+        part = name.startswith("t10k")
+        shape = (images[part], pixels, pixels) if "images" in name else ((labels or images)[part],)
+        arrays.append(random.integers(0, 256 if "images" in name else classes, shape, np.uint8))
+        content = struct.pack(">BBBB", 0, 0, 8, len(shape)) + struct.pack(f">{len(shape)}i", *shape) + arrays[-1].tobytes()
+        (folder / f"{name}.gz" if gz else folder / name).write_bytes(gzip.compress(content) if gz else content)
     return arrays
 
 
-@pytest.mark.parametrize("below", [".", "fashion-mnist", "FashionMNIST/raw"])
-def test_fashion_mnist_from_its_files(tmp_path, below):
-    images, labels, val_images, val_labels = write_fashion(tmp_path / below, 7)
-    data = load_data("fashion-mnist", tmp_path)
-    assert np.array_equal(data.raw_train_images[:, 0], images) and np.array_equal(data.train_labels, labels)
-    assert data.val_images.shape == (8, 1, 28, 28) and np.array_equal(data.val_labels, val_labels)
-    pixels = images / 255
-    expected = (val_images / 255 - pixels.mean()) / pixels.std(ddof=1)
-    np.testing.assert_allclose(data.val_images[:, 0], expected, rtol=1e-3, atol=1e-5)
+PLACES = [(".", "."), ("FashionMNIST", "."), ("FashionMNIST/raw", "."), ("F/raw", "F"), (".", "elsewhere")]
 
 
-BROKEN = [b"", b"nonsense", gzip.compress(b"\0\0\x08\x03\0"), gzip.compress(b"\1\0\x0d\x01\0\0\0\1a")]
+@pytest.mark.parametrize("gz", [True, False])
+@pytest.mark.parametrize("written, named", PLACES)
+def test_fashion_mnist_from_its_files(tmp_path, monkeypatch, written, named, gz):
+    arrays = write_fashion(tmp_path / written, gz=gz)
+    monkeypatch.setattr(data_module, "DEBIAN", tmp_path)
+    data = load_data("fashion-mnist", tmp_path / named)
+    found = (data.train_images[:, 0], data.train_labels, data.val_images[:, 0], data.val_labels)
+    assert all(np.array_equal(a, b) for a, b in zip(found, arrays))
 
 
-@pytest.mark.parametrize("content", BROKEN)
-def test_broken_fashion_mnist(tmp_path, content):
-    write_fashion(tmp_path, 3)
-    (tmp_path / FASHION_FILES[0]).write_bytes(content)
-    with pytest.raises(InputError, match=f"{FASHION_FILES[0]}: not a gzipped IDX file"):
-        load_data("fashion-mnist", tmp_path)
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    def urlopen(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr(data_module, "DEBIAN", tmp_path / "debian")
 
 
-def write_cifar(folder, monkeypatch, name, n):
-    """CIFAR's pickled batches with n images each, known to torchvision by their own checksums; returns images, labels."""
-    random = np.random.default_rng(0)
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+@pytest.mark.faults
+def test_wrong_fashion_mnist(tmp_path, offline):
+    for settings, words in (
+        (dict(images=(300, 50), labels=(100, 60)), "training part: 300 images and 100 labels"),
+        (dict(images=(300, 50), labels=(300, 60)), "validation part: 50 images and 60 labels"),
+        (dict(images=(300, 300), classes=47), "labels from 0 to 46; expected 0 to 9"),
+        (dict(pixels=32), "images of 1 x 32 x 32"),
+        (dict(images=(0, 5)), "0 images"),
+    ):
+        write_fashion(tmp_path, **settings)
+        assert words in refused("fashion-mnist", tmp_path) and str(tmp_path) in refused("fashion-mnist", tmp_path)
+    path = tmp_path / f"{FASHION_FILES[2]}.gz"
+    for content in (
+        b"",
+        b"nonsense",
+        path.read_bytes()[:-20],
+        gzip.compress(b"\0\0\x08\x03\0"),
+        gzip.compress(b"\1\0\x0d\x01a"),
+    ):
+        path.write_bytes(content)
+        assert f"{path}: damaged" in refused("fashion-mnist", tmp_path)
+    path.unlink()
+    message = refused("fashion-mnist", tmp_path)
+    assert "not all of fashion-mnist is there" in message and message.endswith(f"it needs {path.name}")
+
+
+def write_cifar(folder, monkeypatch, name, n=4):
+    """CIFAR's pickled files with n images each, known to torchvision by their own checksums; returns images, labels."""
+    random, contents, kind = np.random.default_rng(0), [], getattr(datasets, name.upper())
     key, classes = {"cifar10": ("labels", 10), "cifar100": ("fine_labels", 100)}[name]
     (folder / kind.base_folder).mkdir(parents=True)
-    contents = []
 
     def write(file, content):
-        raw = pickle.dumps(content)
-        (folder / kind.base_folder / file).write_bytes(raw)
-        return hashlib.md5(raw).hexdigest()
+        (folder / kind.base_folder / file).write_bytes(pickle.dumps(content))
+        return [file, hashlib.md5(pickle.dumps(content)).hexdigest()]
 
     for files in ("train_list", "test_list"):
         entries = []
         for file, _ in getattr(kind, files):
-            images = random.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)  # row by row, red, green, blue planes
-            labels = random.integers(0, classes, n).tolist()
-            entries.append([file, write(file, {"data": images.reshape(n, -1), key: labels})])
-            contents.append((images, labels))
+            contents.append((random.integers(0, 256, (n, 3, 32, 32), np.uint8), random.integers(0, classes, n).tolist()))
+            entries.append(write(file, {"data": contents[-1][0].reshape(n, -1), key: contents[-1][1]}))
         monkeypatch.setattr(kind, files, entries)
-    meta = dict(kind.meta)
-    meta["md5"] = write(meta["filename"], {meta["key"]: [str(i) for i in range(classes)]})
-    monkeypatch.setattr(kind, "meta", meta)
+    meta = write(kind.meta["filename"], {kind.meta["key"]: [str(i) for i in range(classes)]})
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": meta[1]})
     return contents
 
 
-@pytest.mark.parametrize("name, files", [("cifar10", 6), ("cifar100", 2)])
-def test_cifar_from_its_files(tmp_path, monkeypatch, name, files):
-    contents = write_cifar(tmp_path, monkeypatch, name, 4)
-    assert len(contents) == files
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_from_its_files(tmp_path, monkeypatch, name):
+    contents = write_cifar(tmp_path, monkeypatch, name)
     data = load_data(name, tmp_path)
-    images, labels = (np.concatenate([c[i] for c in contents[:-1]]) for i in (0, 1))
-    assert np.array_equal(data.raw_train_images, images) and data.train_labels.tolist() == labels.tolist()
-    assert data.val_labels.tolist() == contents[-1][1]
+    images, labels = (np.concatenate([content[i] for content in contents[:-1]]) for i in (0, 1))
+    assert np.array_equal(data.train_images, images) and data.train_labels.tolist() == labels.tolist()
+    assert np.array_equal(data.val_images, contents[-1][0]) and data.val_labels.tolist() == contents[-1][1]
     pixels = images / 255
-    expected = (pixels - pixels.mean((0, 2, 3), keepdims=True)) / pixels.std((0, 2, 3), keepdims=True)
-    np.testing.assert_allclose(data.train_images, expected, atol=1e-3)
+    expected = (pixels - pixels.mean((0, 2, 3), keepdims=True)) / pixels.std((0, 2, 3), keepdims=True, ddof=1)
+    np.testing.assert_allclose(data.prepare(data.train_images), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name, file", [("fashion-mnist", FASHION_FILES[0]), ("cifar10", "data_batch_1"), ("cifar100", "meta")])
-def test_missing_data_names_folder_files_and_the_way_on(tmp_path, monkeypatch, name, file):
-    def offline(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr("urllib.request.urlopen", offline)
-    monkeypatch.setattr(data_module, "DEBIAN", tmp_path)
-    with pytest.raises(InputError) as error:
-        load_data(name, tmp_path)
-    for word in (str(tmp_path), file, "--dataset digits"):
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_unknown_data_set():
-    with pytest.raises(InputError, match="--dataset mnist: unknown; choose from digits"):
-        load_data("mnist")
+@pytest.mark.faults
+def test_missing_and_damaged_files(tmp_path, monkeypatch, offline):
+    content = bytearray(data_module.DIGITS.read_bytes())
+    content[1000] ^= 1
+    (tmp_path / "digits.npz").write_bytes(content)
+    monkeypatch.setattr(data_module, "DIGITS", tmp_path / "digits.npz")
+    assert "checksum" in refused("digits")
+    for name, file in (("fashion-mnist", FASHION_FILES[0]), ("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100")):
+        message = refused(name, tmp_path / "empty")
+        assert all(words in message for words in (str(tmp_path), "is not there", "no network", file, "--dataset digits"))
+    write_cifar(tmp_path, monkeypatch, "cifar10")
+    folder, archive = (tmp_path / part for part in (datasets.CIFAR10.base_folder, datasets.CIFAR10.filename))
+    with tarfile.open(fileobj=(stream := io.BytesIO()), mode="w:gz") as tar:
+        tar.add(folder, folder.name)
+    (folder / "data_batch_2").write_bytes((folder / "data_batch_2").read_bytes()[:100])
+    assert f"{folder}: damaged" in refused("cifar10", tmp_path)
+    (folder / "data_batch_2").unlink()
+    assert "not all of cifar10 is there" in refused("cifar10", tmp_path)
+    for content in (b"", b"nonsense", stream.getvalue()[:-5000]):
+        archive.write_bytes(content)
+        assert f"{archive}: damaged" in refused("cifar10", tmp_path)
+        monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())  # a checksum that fits doesn't help
+        assert f"{archive}: damaged" in refused("cifar10", tmp_path)
 
 
 def test_mixed_seed():
@@ -173,44 +298,75 @@ def test_mixed_seed():
     assert mixed_seed(1, 2) == mixed_seed(1, 2) != mixed_seed(2, 1)
 
 
-def test_an_epoch_sees_every_example_once():
-    data = load_data("digits", train_subset=130)
-    seen = torch.cat([labels for _, labels in batches(data, 50, seed=0, epoch=1)])
-    assert [len(labels) for _, labels in batches(data, 50, 0, 1)] == [50, 50, 30]
-    assert torch.equal(seen, data.train_labels[epoch_order(130, 0, 1)])
-    orders = [epoch_order(130, seed, epoch) for seed, epoch in ((0, 1), (0, 2), (1, 1))]
-    assert all(torch.equal(order.sort().values, torch.arange(130)) for order in orders)
-    assert not any(torch.equal(orders[i], orders[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+@pytest.mark.parametrize("augment", [False, True])
+def test_an_epoch_and_its_ranks(augment, monkeypatch):
+    data, state = load_data("digits", train_subset=131, image_size=10), torch.get_rng_state()
+    epoch, order = list(batches(data, 65, 3, 1, augment)), epoch_order(131, 3, 1)
+    assert [len(labels) for _, labels, _ in epoch] == [65, 65, 1] and all(weight == 1 for _, _, weight in epoch)
+    images, labels = (torch.cat(parts) for parts in list(zip(*epoch))[:2])
+    assert torch.equal(order.sort().values, torch.arange(131)) and torch.equal(labels, data.train_labels[order])
+    plain = data.prepare(data.train_images[order])
+    assert images.shape == plain.shape and images.dtype == torch.float32
+    assert torch.equal(images, plain) != augment and ((images - plain).flatten(1).norm(dim=1).median() > 1) == augment
+    monkeypatch.setattr(data_module, "VALUES_AT_ONCE", 4000)  # in several portions, of batches of another size
+    assert torch.equal(torch.cat([images for images, _, _ in batches(data, 20, 3, 1, augment)]), images)
+    ranks = [batches(data, 65, 3, 1, augment, rank, world=3) for rank in range(3)]
+    for (whole, whole_labels, _), *parts in zip(epoch, *ranks, strict=True):
+        assert sum(weight for _, _, weight in parts) == pytest.approx(3)
+        for rank, (share, labels, weight) in enumerate(parts):
+            assert torch.equal(share, whole[rank::3] if weight else whole[:1])
+            assert torch.equal(labels, whole_labels[rank::3] if weight else whole_labels[:1])
+        mean = sum(weight * share.mean() for share, _, weight in parts) / 3
+        assert float(mean) == pytest.approx(float(whole.mean()), abs=1e-5)
+    for other in ((3, 2), (4, 1)):
+        assert not torch.equal(next(batches(data, 65, *other, augment))[0], epoch[0][0])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_augmentation_is_a_function_of_seed_and_epoch(monkeypatch):
-    data = load_data("digits", train_subset=120, image_size=10)
-    epochs = {}
-    for cores in (2, 4):  # one and three workers
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
-        augmented = AugmentedBatches(data, 50, seed=3)
-        for epoch in (1, 2):
-            epochs[cores, epoch] = list(augmented.epoch(epoch))
-    for epoch in (1, 2):
-        for (images, labels), (again, labels_again) in zip(epochs[2, epoch], epochs[4, epoch], strict=True):
-            assert images.shape[1:] == (1, 10, 10) and torch.equal(images, again) and torch.equal(labels, labels_again)
-    labels = torch.cat([labels for _, labels in epochs[2, 1]])
-    assert torch.equal(labels, data.train_labels[epoch_order(120, 3, 1)])
-    assert not torch.equal(epochs[2, 1][0][0], epochs[2, 2][0][0])
-    plain = torch.cat([data.resize(images) for images, _ in batches(data, 50, 3, 1)])
-    change = torch.cat([images for images, _ in epochs[2, 1]]) - plain
-    assert change.flatten(1).norm(dim=1).min() > 0.1  # every image is changed
+@pytest.mark.parametrize("channels, pixels, size", [(3, 32, 32), (1, 28, 28), (1, 8, 12), (3, 40, 16)])
+def test_crop_and_flip_are_those_of_torchvision(channels, pixels, size):
+    images = random_images(300, channels, pixels, pixels)
+    box, flip, _, _ = draw_augmentation(300, pixels, seed=1)
+    expected = [v2.functional.resized_crop(x, *b, [size, size], antialias=True) for x, b in zip(images, box.int().tolist())]
+    expected = torch.where(flip[:, None, None, None], torch.stack(expected).flip(-1), torch.stack(expected))
+    assert (crop_and_flip(images, box, flip, size).int() - expected.int()).abs().max() <= 1
 
 
-def test_shipped_digits_are_small():
-    assert data_module.DIGITS.stat().st_size < 100_000
+@pytest.mark.parametrize("channels, pixels", [(3, 32), (1, 28), (3, 9)])
+def test_rand_augment_is_that_of_torchvision(channels, pixels):
+    images = random_images(500, channels, pixels, pixels)
+    images[:100] = images[:100] // 4 + 60  # of low contrast
+    images[100:110] = 7
+    _, _, operations, signs = draw_augmentation(500, pixels, seed=1)
+    transform = v2.RandAugment(magnitude=14)
+    names = list(transform._AUGMENTATION_SPACE)
+
+    def apply(image, operation, sign):
+        levels, signed = transform._AUGMENTATION_SPACE[names[operation]]
+        levels = levels(31, pixels, pixels)
+        level = 0.0 if levels is None else float(levels[14]) * (sign if signed else 1)
+        return transform._apply_image_or_video_transform(
+            image, names[operation], level, transform.interpolation, transform._fill
+        )
+
+    found = rand_augment(images, operations, signs)
+    assert len(operations.unique()) == len(names) == 14
+    for image, result, (first, second), (sign, then) in zip(images, found, operations.tolist(), signs.tolist()):
+        assert torch.equal(result, apply(apply(image, first, sign), second, then)), (names[first], names[second])
 
 
-@pytest.mark.skipif(not data_module.DEBIAN.exists(), reason="Debian's dataset-fashion-mnist is not installed")
-def test_real_fashion_mnist(tmp_path):
-    for name in FASHION_FILES:
-        shutil.copy(data_module.DEBIAN / name, tmp_path)
-    data = load_data("fashion-mnist", tmp_path)
-    assert len(data.train_labels) == 60000 and len(data.val_labels) == 10000
-    assert data.train_labels.bincount().tolist() == [6000] * 10
-    assert float(data.mean) == pytest.approx(0.2860, abs=5e-4) and float(data.std) == pytest.approx(0.3530, abs=5e-4)
+def test_draws_are_distributed_as_those_of_torchvision():
+    box, flip, operations, signs = draw_augmentation(5000, 32, seed=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        crop = transforms.RandomResizedCrop
+        theirs = [crop.get_params(torch.empty(1, 32, 32), (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(5000)]
+    theirs, area = torch.tensor(theirs), box[:, 2:].prod(1) / 32**2
+    for found, expected in ((box, theirs), (area, theirs[:, 2:].prod(1) / 32**2)):
+        assert np.min(ks_2samp(found, expected).pvalue) > 0.001
+    assert area.min() == pytest.approx(0.08, abs=0.01) and area.max() == 1
+    pairs = operations[:, 0] * 14 + operations[:, 1]
+    for drawn in (operations.flatten(), pairs, signs.flatten() + 1, flip):
+        assert chisquare(drawn.int().unique(return_counts=True)[1]).pvalue > 0.001
+    assert len(pairs.unique()) == 196
+    assert not any(torch.equal(box, draw_augmentation(5000, 32, other)[0]) for other in (0, 2))

@@ -1,114 +1,98 @@
-"""torchrun: one model on several processes gives the model that one process gives."""
+"""torchrun: one model on several processes becomes the model that one process makes."""
 
 import os
 import signal
-import subprocess
+import socket
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from crate.checkpoint import load_checkpoint
-from crate.runs import finished_run, status
-from tests.processes import wait_until
-from tests.test_faults import ROOT, SMALL, outcome
+from crate.files import load_checkpoint
+from crate.runs import read_run
+from tests.processes import ROOT, SMALL, Train, children, command, environment, outcome, wait_until
 
 pytestmark = pytest.mark.faults
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-def start(out, *flags, launcher=TORCHRUN):
-    stream = open(Path(out).with_suffix(".txt"), "w")
-    command = [*launcher, "train.py", *SMALL, *flags, "--out", out]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=stream, stderr=stream, env=environment)
-
-
-def text_of(out):
-    return Path(out).with_suffix(".txt").read_text()
-
-
 # Batches of 50, 50, 50, 50 and 1: at the last one, a rank has no image.
-SWEEP = ("--model", "crate-c", "crate-e", "crate-fix", "vit", "--srr-reg", 0, 0.01, "--srr-layer", "random", "--epochs", 2)
-SWEEP += ("--train-subset", 201, "--clip-norm", 5.0, "--lr", 2e-3)
-# A rank has no image in the last chunk of 256 that the stopping criterion looks at, or in any batch.
-STOPPING = ("--stop-at-loss", 1.5, "--schedule", "constant", "--epochs", 60, "--lr", 1e-2, "--train-subset", 257)
-SINGLE = ("--batch-size", 1, "--train-subset", 5, "--amp", "fp16", "--epochs", 2)
-AUGMENTED = ("--augment", "basic", "--epochs", 2, "--srr-reg", 0.01)
+SWEEP = ("--train-subset", 223, "--srr-reg", 0, 0.01, "--srr-layer", "random", "--epochs", 2, "--clip-norm", 5, "--dropout", 0)
+FLAGS = {
+    "crate-c": (*SWEEP, "--model", "crate-c"),
+    "variants": (*SWEEP, "--model", "crate-e", "crate-fix", "vit", "crate-n", "--validate-every", 2),
+    "augmented": ("--augment", "basic", "--epochs", 2, "--srr-reg", 0.01, "--srr-layer", "all"),
+    "stopping": ("--stop-at-loss", 1.5, "--schedule", "constant", "--epochs", 60, "--lr", 1e-2),
+    "fp16, batches of one": ("--batch-size", 1, "--train-subset", 6, "--hold-out", 0.2, "--amp", "fp16", "--epochs", 2),
+}
 
 
-@pytest.mark.parametrize(
-    "flags, runs",
-    [
-        pytest.param(SWEEP, 8, id="sweep"),
-        pytest.param(AUGMENTED, 1, id="augmented", marks=pytest.mark.slow),
-        pytest.param(STOPPING, 1, id="stopping", marks=pytest.mark.slow),
-        pytest.param(SINGLE, 1, id="single", marks=pytest.mark.slow),
-    ],
-)
-def test_weights_equal_those_of_one_process(tmp_path, flags, runs, faults):
-    two, one = start(tmp_path / "two", *flags), start(tmp_path / "one", *flags, launcher=(sys.executable,))
-    assert (two.wait(120), one.wait(120)) == (0, 0), text_of(tmp_path / "two") + text_of(tmp_path / "one")
-    assert "and 1 other processes" in text_of(tmp_path / "two")
-    folders = sorted(path.parent for path in tmp_path.glob("one/*/result.json"))
-    assert len(folders) == runs
-    for folder in folders:
-        a, b = (load_checkpoint(path / "last.pt") for path in (folder, tmp_path / "two" / folder.name))
+def start_ranks(out, *flags):
+    """train.py as torchrun starts it, but in processes that have torch loaded: rank 0 and rank 1."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    job = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    faults = [(environment, job | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    return [Train(out, *flags, output=out / f"text{rank}", fault=fault) for rank, fault in enumerate(faults)]
+
+
+def numbers(row):
+    return {key: value for key, value in row.items() if isinstance(value, float) and key != "seconds"}
+
+
+@pytest.mark.parametrize("name", [name if name == "crate-c" else pytest.param(name, marks=pytest.mark.slow) for name in FLAGS])
+def test_weights_equal_those_of_one_process(tmp_path, name, faults):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    ended = [script.wait() for script in (Train(one, *FLAGS[name]), *start_ranks(two, *FLAGS[name]))]
+    assert [code for code, _ in ended] == [0, 0, 0], ended
+    assert ["train loss" in text for _, text in ended] == [True, True, False]  # rank 0 alone talks
+    names = [path.parent.name for path in sorted(one.glob("*/result.json"))]
+    assert names == [path.parent.name for path in sorted(two.glob("*/result.json"))] != []
+    for run in names:
+        a, b = (load_checkpoint(out / run / "last.pt") for out in (one, two))
         assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
         for key, weight in a["model"].items():
-            torch.testing.assert_close(b["model"][key], weight, rtol=0, atol=1e-5, msg=lambda m: f"{folder} {key}: {m}")
-        (_, result), (_, result2) = finished_run(folder), finished_run(tmp_path / "two" / folder.name)
-        for key in ("train_loss", "val_loss", "train_accuracy", "val_accuracy"):
-            assert result2[key] == pytest.approx(result[key], abs=1e-4)
-        for row, row2 in zip(a["rows"], b["rows"], strict=True):
-            numbers, numbers2 = ({k: v for k, v in r.items() if isinstance(v, float) and k != "seconds"} for r in (row, row2))
-            assert numbers2 == pytest.approx(numbers, abs=2e-3)
-        faults("two processes for a model, instead of one", 1, "weights equal to 1e-5")
+            torch.testing.assert_close(b["model"][key], weight, rtol=0, atol=1e-5, msg=lambda m: f"{run} {key}: {m}")
+        rows = [[*content["rows"], read_run(out / run)[1]] for content, out in ((a, one), (b, two))]
+        for row, row2 in zip(*rows, strict=True):
+            assert numbers(row2) == pytest.approx(numbers(row), abs=1e-4)
+    faults("two processes for a model, instead of one", len(names), "weights equal to 1e-5")
 
 
-def children(pid):
-    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
-
-
-@pytest.mark.slow
-def test_a_rank_dies_and_the_job_is_resumed(tmp_path, faults):
-    flags = ("--epochs", 60, "--dropout", 0.1, "--srr-reg", 0.01, "--srr-layer", "random", "--log-srr-every", 0)
-    whole = start(tmp_path / "whole", *flags)
-    assert whole.wait(120) == 0, text_of(tmp_path / "whole")
-    for rank in (0, 1):
-        job = start(tmp_path / "cut", *flags)
-        wait_until(lambda: list(tmp_path.glob("cut/*/last.pt")) and len(children(job.pid)) == 2)
-        time.sleep(0.5)
-        os.kill(sorted(children(job.pid))[rank], signal.SIGKILL)
-        assert job.wait(60) != 0
-        faults("a rank dies", 1, "the job ends with an error; resumed, bit for bit the same")
-    job = start(tmp_path / "cut", *flags)
-    wait_until(lambda: len(children(job.pid)) == 2)
-    time.sleep(8)  # torch is loaded, and the run goes on
-    if job.poll() is None:
-        job.terminate()
-        job.wait(60)
-        assert "stopped by SIGTERM" in text_of(tmp_path / "cut") or status(tmp_path / "cut")[0][1] == "finished"
-    job = start(tmp_path / "cut", *flags)
-    assert job.wait(120) == 0, text_of(tmp_path / "cut")
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
-    faults("SIGTERM to torchrun", 1, "all ranks save the same step; resumed, bit for bit the same")
-
-
-@pytest.mark.slow
-def test_other_number_of_processes_is_refused(tmp_path):
-    """Dropout draws other masks on two processes than on one."""
-    assert start(tmp_path / "out", "--epochs", 1, launcher=(sys.executable,)).wait(60) == 0
-    for path in tmp_path.glob("out/*/result.json"):
+@pytest.mark.parametrize("flags, words", [((), "processes is 1 there but 2 now"), (("--jobs", 2), "--jobs: torchrun")])
+def test_what_does_not_go_with_several_processes(tmp_path, flags, words):
+    assert Train(tmp_path, "--epochs", 1).wait()[0] == 0
+    for path in tmp_path.glob("*/result.json"):
         path.unlink()
-    assert start(tmp_path / "out", "--epochs", 1).wait(60) != 0
-    assert "processes is 1 there but 2 now; match --nproc-per-node" in text_of(tmp_path / "out")
+    for rank in start_ranks(tmp_path, "--epochs", 1, *flags):
+        code, text = rank.wait()
+        assert code == 2 and words in text and "Traceback" not in text, text
 
 
 @pytest.mark.slow
-def test_jobs_and_torchrun(tmp_path):
-    assert start(tmp_path / "out", "--jobs", 2).wait(60) != 0
-    assert "--jobs: torchrun" in text_of(tmp_path / "out")
+def test_torchrun(tmp_path, faults):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", *SMALL)
+    torchrun += ("--epochs", 60, "--dropout", 0.1, "--srr-reg", 0.01, "--srr-layer", "random", "--log-srr-every", 0, "--out")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    with command(ROOT, tmp_path / "text", *torchrun, whole) as job:
+        assert job.wait(120) == 0, (tmp_path / "text").read_text()
+
+    def saved():
+        return [path.stat().st_mtime_ns for path in cut.glob("*/last.pt")]
+
+    for victim in ("rank 0", "rank 1", "torchrun"):
+        with command(ROOT, tmp_path / "text", *torchrun, cut) as job:
+            before = saved()
+            wait_until(lambda: saved() != before)
+            time.sleep(0.2)
+            if victim == "torchrun":
+                job.terminate()
+            else:
+                os.kill(sorted(children(job.pid))[victim == "rank 1"], signal.SIGKILL)
+            assert job.wait(60) != 0 and not list(cut.glob("*/result.json"))
+        faults(f"{victim} ended", 1, "all processes end with an error; resumed, bit for bit the same")
+    assert "stopped by SIGTERM" in (tmp_path / "text").read_text()
+    with command(ROOT, tmp_path / "text", *torchrun, cut) as job:
+        assert job.wait(120) == 0, (tmp_path / "text").read_text()
+    assert outcome(cut) == outcome(whole)

@@ -1,37 +1,39 @@
-"""measure.py through its command line: the tables, what is skipped, broken and unfinished runs, bad input."""
+"""measure.py through its command line: the tables, what is kept and what is measured again, shared work, broken runs."""
 
-import csv
 import json
-import re
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import measure
 from crate import data
-from crate.checkpoint import load_checkpoint, load_run
-from crate.config import DATASETS, DEFAULTS
-from crate.measures import COLUMNS, SETTINGS
+from crate.cli import InputError
+from crate.runs import Busy, load_run, locked, resolve
 from crate.srr import layer_srr
 from crate.training import train
+from measure import COLUMNS, SETTINGS
 from tests.conftest import assert_refused
 
-CHEAP = ("--groups", "norms", "--images", 20, "--device", "cpu")
+CHEAP = ("--groups", "norms", "--images", 20)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with two finished runs, a and b; not to be changed."""
-    size, channels, classes = DATASETS["digits"]
-    config = DEFAULTS | dict(dataset="digits", patch_size=4, image_size=size, channels=channels, classes=classes)
-    config |= dict(width=12, heads=3, depth=2, epochs=2, train_subset=100, lr=1e-2)
-    config |= dict(data_dir="data", device="cpu", amp="off", compile=False, save_every=0)
     folder = tmp_path_factory.mktemp("runs")
+    flags = dict(width=12, heads=3, depth=2, patch_size=4, epochs=2, train_subset=100, lr=1e-2, log_srr_every=0)
     for name, model in (("a", "crate-c"), ("b", "crate")):
-        train(config | {"model": model}, folder / name, False)
+        options = dict(preset="laptop", device="cpu", amp="off", data_dir="data", compile=False, save_every=0)
+        (config,) = resolve(flags | {"model": model}, **options).values()
+        train(config, folder / name, show_progress=False)
     return folder
 
 
@@ -41,90 +43,129 @@ def runs(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "runs")
 
 
-def table(path):
-    with open(path, newline="") as stream:
-        return {(row["run"], row.get("layer")): row for row in csv.DictReader(stream)}
+def table(path, index="run"):
+    return pd.read_csv(path, index_col=index)
+
+
+def change(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(path, name, factor):
+    content = torch.load(path, weights_only=True)
+    content["model"][name] *= factor
+    torch.save(content, path)
+
+
+def files_of(out):
+    return [out.with_name(out.stem + ending).read_bytes() for ending in (".csv", "_layers.csv", "_val_losses.npz")]
 
 
 def test_a_row_per_run_and_a_row_per_layer(script, runs, tmp_path):
-    out = tmp_path / "new" / "measures.csv"
-    code, printed, error = script("measure", runs, "--out", out, "--images", 20, "--device", "cpu")
-    assert code == 0 and "a: " in printed and "2 runs, 0 measured already" in printed
-    rows, layers = table(out), table(out.with_name("measures_layers.csv"))
-    assert list(rows) == [("a", None), ("b", None)] and list(layers) == [(run, l) for run in "ab" for l in "12"]
+    out = tmp_path / "new" / "some.csv"
+    code, printed, _ = script("measure", runs, "--out", out, "--images", 20)
+    assert code == 0 and "a: " in printed and "2 models, 0 measured already" in printed
+    rows, layers = table(out), table(out.with_name("some_layers.csv"), ["run", "layer"])
+    losses = np.load(out.with_name("some_val_losses.npz"))
+    assert list(rows.index) == ["a", "b"] and list(layers.index) == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert tuple(rows.columns[: len(COLUMNS) - 1]) == COLUMNS[1:] and COLUMNS[-2:] == ("gap", "gap_accuracy")
+    assert not rows.columns.duplicated().any() and rows.iloc[:, len(COLUMNS) :].select_dtypes(exclude="number").empty
+    images = data.load_data("digits", train_subset=100)
     for name in "ab":
-        row, config = rows[name, None], json.loads((runs / name / "config.json").read_text())
-        result = json.loads((runs / name / "result.json").read_text())
-        columns = list(row)
-        assert tuple(columns[: len(COLUMNS)]) == COLUMNS and COLUMNS[-2:] == ("gap", "gap_accuracy")
-        for key in SETTINGS:
-            assert row[key] == ("" if config[key] is None else str(config[key]))
-        for key in ("gap", "gap_accuracy", "train_loss"):
-            assert float(row[key]) == result[key]
-        for key in columns[len(COLUMNS) :]:
-            float(row[key])  # every group's measures are there
-        assert set(measure.GROUPS.values()) <= set(columns[len(COLUMNS) :])
-        _, model = load_run(runs / name)
-        parts = layer_srr(model, data.load_data("digits", train_subset=100).train_images)
-        for l, part in enumerate(parts, start=1):
-            assert float(layers[name, str(l)]["rate"]) == pytest.approx(part["rate"])
-        assert float(row["srr"]) == pytest.approx(sum(part["srr"] for part in parts) / 2)
-        initial = load_checkpoint(runs / name / "init.pt")["model"]
-        moved = sum(((p.detach() - initial[key]) ** 2).sum().item() for key, p in model.named_parameters() if p.ndim == 2)
-        assert float(row["fro_dist"]) == pytest.approx(moved, rel=1e-5)
+        row = rows.loc[name]
+        config, result, model, initial = load_run(runs / name)
+        assert {key: row[key] for key in SETTINGS} == pytest.approx({key: config[key] for key in SETTINGS})
+        for key in ("gap", "gap_accuracy", "train_loss", "steps"):
+            assert row[key] == result[key]
+        assert row["baseline_steps"] == result["steps"]
+        moved = sum((p - q).square().sum().item() for p, q in zip(model.parameters(), initial.parameters()) if p.ndim == 2)
+        assert row["fro_dist"] == pytest.approx(moved, rel=1e-5)
+        for measured, of in (("srr", model), ("baseline_srr_init", initial)):
+            parts = layer_srr(of, images.prepare(images.train_images))
+            assert row[measured] == pytest.approx(np.mean([part["srr"] for part in parts]), rel=1e-5)
+        assert row["rate_subspaces_released"] == pytest.approx(layers.loc[name]["rate_subspaces_released"].mean())
+        assert losses["losses"][list(losses["run"]).index(name)].mean() == pytest.approx(result["val_loss"], rel=1e-5)
 
 
-def test_what_is_measured_is_skipped_unless_its_checkpoint_changed(script, runs, tmp_path):
-    out = tmp_path / "measures.csv"
-    script("measure", runs / "a", runs / "b", "--out", out, *CHEAP)
+def test_what_is_measured_is_kept_until_checkpoint_or_images_change(script, runs, tmp_path, monkeypatch):
+    out, asked = tmp_path / "measures.csv", []
+    real = measure.measure
+    monkeypatch.setattr(measure, "measure", lambda *arguments: asked.append(list(arguments[3])) or real(*arguments))
+
+    def groups(*flags):
+        """Run by run, which groups are computed; those of an earlier call stay in the table."""
+        asked.clear()
+        assert script("measure", runs, "--out", out, *flags)[0] == 0
+        return asked
+
+    assert groups("--groups", "norms", "sharpness", "--images", 20) == [["norms", "sharpness"]] * 2
     before = out.read_bytes()
-    assert "2 runs, 2 measured already" in script("measure", runs / "b", runs / "a", "--out", out, *CHEAP)[1]
-    assert out.read_bytes() == before
-    state = torch.load(runs / "b" / "last.pt", weights_only=True)
-    state["model"]["head.1.weight"] *= 2
-    torch.save(state, runs / "b" / "last.pt")
-    assert "2 runs, 1 measured already" in script("measure", runs, "--out", out, *CHEAP)[1]
-    assert table(out)["a", None] == list(csv.DictReader(before.decode().splitlines()))[0]
-    assert float(table(out)["b", None]["l2"]) > float(list(csv.DictReader(before.decode().splitlines()))[1]["l2"])
-    assert "2 runs, 0 measured already" in script("measure", runs, "--out", out, *CHEAP, "--redo")[1]
-    assert "2 runs, 0 measured already" in script("measure", runs, "--out", out, *CHEAP, "--images", 30)[1]
+    assert groups("--groups", "sharpness", "--images", 20) == [] and out.read_bytes() == before
+    assert groups("--groups", "srr", "norms", "--images", 20) == [["srr"]] * 2
+    full = table(out)
+    assert groups("--groups", "norms", "--images", 30) == [["sharpness"]] * 2  # of other images than it says
+    assert (table(out)["images"] == 30).all() and table(out)["srr"].equals(full["srr"])
+    change_weights(runs / "b" / "last.pt", "head.1.weight", 2)
+    assert groups("--groups", "norms", "--images", 30) == [["norms", "sharpness", "srr"]]
+    assert table(out).loc["b", "l2"] > full.loc["b", "l2"] and table(out).loc["a", "l2"] == full.loc["a", "l2"]
+    assert groups("--groups", "norms", "--images", 30, "--redo") == [["norms", "sharpness", "srr"]] * 2
+    (runs / "a" / "measures.json").write_text("{")
+    assert groups("--groups", "srr", "--images", 30) == [["srr"]]
+    script("measure", runs / "b", "--out", out, *CHEAP)
+    assert list(table(out).index) == ["b"]  # the table is of these runs alone
+    shutil.rmtree(tmp_path / "runs" / "a")
+    (runs / "b" / "val_losses.npy").unlink()
+    assert groups("--groups", "norms", "--images", 30) and not out.with_name("measures_val_losses.npz").exists()
 
 
-def test_another_group_completes_a_row(script, runs, tmp_path):
+def test_names(script, runs, tmp_path, monkeypatch):
     out = tmp_path / "measures.csv"
+    shutil.copytree(runs / "a", runs / "again" / "a")
     script("measure", runs, "--out", out, *CHEAP)
-    assert "srr" not in table(out)["a", None]
-    script("measure", runs / "a", "--out", out, "--groups", "norms", "srr", "path-norm", *CHEAP[2:])
-    rows = table(out)
-    assert float(rows["a", None]["srr"]) and rows["b", None]["srr"] == "" and float(rows["b", None]["l2"])
-    assert tuple(rows["b", None])[: len(COLUMNS)] == COLUMNS
-    script("measure", runs, "--out", out, *CHEAP, "--redo")  # replaces rows, but none of their groups gets lost
-    assert table(out) == rows
-    assert list(table(out.with_name("measures_layers.csv"))) == [("a", "1"), ("a", "2")]
+    assert list(table(out).index) == ["a", "again/a", "b"]
+    monkeypatch.chdir(runs / "b")
+    assert script("measure", ".", "--out", out, *CHEAP)[0] == 0 and list(table(out).index) == ["b"]
 
 
-def test_an_interruption_keeps_what_is_measured(script, runs, tmp_path, monkeypatch):
-    out, real = tmp_path / "measures.csv", measure.measure_one
+def test_a_run_that_another_process_holds_is_left_to_it(script, runs, tmp_path, monkeypatch):
+    out = tmp_path / "measures.csv"
 
-    def interrupted(path, options):
-        if path.name == "b":
-            raise KeyboardInterrupt
-        return real(path, options)
+    @contextmanager
+    def lock(folder):
+        if folder.name == "a":
+            raise Busy
+        with locked(folder):
+            yield
 
-    monkeypatch.setattr(measure, "measure_one", interrupted)
-    assert script("measure", runs, "--out", out, *CHEAP)[0] == 130
-    assert list(table(out)) == [("a", None)]
-    monkeypatch.setattr(measure, "measure_one", real)
-    assert "2 runs, 1 measured already" in script("measure", runs, "--out", out, *CHEAP)[1]
-    assert list(table(out)) == [("a", None), ("b", None)]
+    monkeypatch.setattr(measure, "locked", lock)
+    code, printed, _ = script("measure", runs, "--out", out, *CHEAP)
+    assert code == 0 and "left to another process: a\n" in printed and list(table(out).index) == ["b"]
 
 
-def test_processes_change_nothing(script, runs, tmp_path):
-    groups = ("--groups", "pac-bayes", "srr", *CHEAP[2:])
-    for jobs in (1, 2):
-        assert script("measure", runs, "--out", tmp_path / f"{jobs}.csv", *groups, "--jobs", jobs)[0] == 0
-    assert (tmp_path / "1.csv").read_bytes() == (tmp_path / "2.csv").read_bytes()
-    assert (tmp_path / "1_layers.csv").read_bytes() == (tmp_path / "2_layers.csv").read_bytes()
+@pytest.mark.slow
+@pytest.mark.faults
+def test_two_commands_at_once_and_a_kill_lose_nothing(script, runs, tmp_path, faults):
+    expected, out = tmp_path / "expected.csv", tmp_path / "measures.csv"
+    for i in range(4):
+        shutil.copytree(runs / "ab"[i % 2], runs / f"run{i}")
+    flags = ("--groups", "norms", "srr", "--images", 20)
+    script("measure", runs, "--out", expected, *flags)
+    for path in runs.glob("*/measures.json"):
+        path.unlink()
+
+    def start(jobs):
+        command = [sys.executable, "measure.py", runs, "--out", out, *flags, "--jobs", jobs]
+        return subprocess.Popen(list(map(str, command)), cwd=Path(measure.__file__).parent)
+
+    killed = start(1)
+    while not list(runs.glob("*/measures.json")):
+        time.sleep(0.001)
+    killed.kill()
+    killed.wait()
+    assert not out.exists()
+    assert [process.wait(120) for process in (start(1), start(2))] == [0, 0]
+    assert files_of(out)[:2] == files_of(expected)[:2]
+    faults("two measure.py and a third process at once, after a kill", 1, "one complete table")
 
 
 def truncate(path):
@@ -134,114 +175,80 @@ def truncate(path):
 BREAKS = {
     "truncated checkpoint": (lambda run: truncate(run / "last.pt"), "last.pt"),
     "no checkpoint": (lambda run: (run / "last.pt").unlink(), "last.pt"),
+    "another run's checkpoint": (lambda run: shutil.copy(run / "../b/last.pt", run / "last.pt"), "last.pt"),
     "no initial weights": (lambda run: (run / "init.pt").unlink(), "init.pt"),
     "truncated initial weights": (lambda run: truncate(run / "init.pt"), "init.pt"),
-    "no config": (lambda run: (run / "config.json").unlink(), "config.json"),
     "half a config": (lambda run: (run / "config.json").write_text('{"model": "crate"}'), "config.json"),
-    "half a result": (lambda run: (run / "result.json").write_text("{}"), "result.json says None"),
+    "half a result": (lambda run: (run / "result.json").write_text("{}"), "result.json"),
     "malformed result": (lambda run: (run / "result.json").write_text("{"), "result.json"),
-    "other width": (lambda run: change(run / "config.json", width=24), "width is 12 in it but 24"),
-    "weights of NaN": (lambda run: nan(run / "last.pt"), "not finite"),
+    "other width": (lambda run: change(run / "config.json", width=24), "config.json"),
+    "weights of NaN": (lambda run: change_weights(run / "last.pt", "layers.0.ista.D", torch.nan), "not finite"),
+    "a folder that can't be written": (lambda run: (run / ".lock").unlink() or (run / ".lock").mkdir(), ".lock"),
 }
 
 
-def change(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def nan(path):
-    state = torch.load(path, weights_only=True)
-    state["model"]["layers.0.ista.D"].fill_(torch.nan)
-    torch.save(state, path)
-
-
+@pytest.mark.faults
 @pytest.mark.parametrize("how", BREAKS)
-def test_a_broken_run_is_reported_and_the_others_are_measured(script, runs, tmp_path, how):
+def test_a_broken_run_is_reported_and_the_others_are_measured(script, runs, tmp_path, how, faults):
     out, (damage, word) = tmp_path / "measures.csv", BREAKS[how]
     damage(runs / "a")
-    code, _, error = script("measure", runs, "--out", out, "--groups", "srr", *CHEAP[2:])
+    code, _, error = script("measure", runs, "--out", out, *CHEAP)
     lines = [line for line in error.splitlines() if "error: " in line]
     assert code == 2 and len(lines) == 1 and word in lines[0] and str(runs / "a") in lines[0] and "Traceback" not in error
-    assert list(table(out)) == [("b", None)]
+    assert list(table(out).index) == ["b"]
+    faults("a broken run, measured", 1, "exit code 2, one line; the others measured")
 
 
-def test_unfinished_runs_are_counted_and_named(script, runs, tmp_path):
+@pytest.mark.faults
+def test_a_group_that_can_not_be_computed_leaves_the_others(script, runs, tmp_path, faults):
+    out = tmp_path / "measures.csv"
+    change_weights(runs / "a" / "last.pt", "layers.1.ista.D", 1e25)
+    code, printed, _ = script("measure", runs, "--out", out, "--groups", "norms", "srr", "--images", 20)
+    assert code == 0 and "srr can't be computed: layer 2" in printed
+    row = table(out).loc["a"]
+    assert np.isnan(row["srr"]) and np.isfinite(row["l2"]) and "srr" in row["flags"].split()
+    assert np.isfinite(table(out).loc["b", "srr"])
+    assert "NaN" not in (runs / "a" / "measures.json").read_text()
+    assert "2 measured already" in script("measure", runs, "--out", out, "--groups", "norms", "srr", "--images", 20)[1]
+    faults("tokens that are not finite, measured", 1, "NaN and a flag; other groups kept")
+
+
+def test_unfinished_runs_are_named(script, runs, tmp_path):
     (runs / "a" / "result.json").unlink()
     code, printed, _ = script("measure", runs, "--out", tmp_path / "measures.csv", *CHEAP)
-    assert code == 0 and "1 unfinished" in printed and re.search(r"\ba\b", printed)
-    assert list(table(tmp_path / "measures.csv")) == [("b", None)]
+    assert code == 0 and "1 unfinished runs are left out: a\n" in printed
+    assert list(table(tmp_path / "measures.csv").index) == ["b"]
     (runs / "b" / "result.json").unlink()
     assert_refused(script("measure", runs, "--out", tmp_path / "measures.csv", *CHEAP), "no finished run")
 
 
-def test_bad_input(script, runs, tmp_path, monkeypatch):
+@pytest.mark.faults
+def test_bad_input(script, runs, tmp_path, monkeypatch, faults):
     out = tmp_path / "measures.csv"
     (tmp_path / "empty").mkdir()
-    assert_refused(script("measure", tmp_path / "nowhere", "--out", out), "nowhere", "no such folder")
-    assert_refused(script("measure", tmp_path / "empty", "--out", out), "empty", "no run")
-    assert_refused(script("measure", runs, runs / "a", tmp_path / "empty", "--out", out), "empty")
-    assert_refused(script("measure", runs, "--images", 0, "--out", out), "--images", "0")
-    assert_refused(script("measure", runs, "--images", 10_001, "--out", out), "--images", "10000")
-    assert_refused(script("measure", runs, "--jobs", 0, "--out", out), "--jobs")
-    assert_refused(script("measure", runs, "--groups", "flatness", "--out", out), "--groups", "flatness")
-    assert_refused(script("measure", runs, "--device", "abacus", "--out", out), "--device abacus")
+    wrong = [
+        ((tmp_path / "nowhere",), "no such folder"), ((tmp_path / "empty",), "no run"), ((runs, tmp_path / "empty"), "empty"),
+        ((runs, "--images", 0), "--images"), ((runs, "--jobs", 0), "--jobs"), ((runs, "--groups", "flatness"), "flatness"),
+        ((runs, "--device", "abacus"), "--device abacus"), ((runs / "b" / "last.pt",), "--heads"), ((), "RUN_OR_FOLDER"),
+    ]  # fmt: skip
+    for arguments, word in wrong:
+        assert_refused(script("measure", *arguments, "--out", out), word)
     assert_refused(script("measure", runs, "--out", tmp_path), str(tmp_path))
-    shutil.copytree(runs / "a", tmp_path / "others" / "a")
-    assert_refused(script("measure", runs, tmp_path / "others", "--out", out), "of one name")
-    for text in ("", "run,gap\n", "run,gap\na,1,2\n", "name,tau\nl2,0.5\n", "\x00\xff"):
-        out.write_text(text)
-        assert_refused(script("measure", runs, "--out", out, *CHEAP), "measures.csv")
-        assert out.read_text() == text
-    out.unlink()
+    assert_refused(script("measure", runs, "--out", runs / "a" / "last.pt" / "x.csv"), "--out")
+    loaded = []
 
-    def offline(folder):
-        raise OSError("no network")
+    def missing(*arguments):
+        loaded.append(arguments)
+        raise InputError("--data-dir data: digits is not there")
 
-    monkeypatch.setitem(data.LOADERS, "cifar10", offline)
-    change(runs / "b" / "config.json", dataset="cifar10")
-    assert_refused(script("measure", runs, "--out", out, *CHEAP), "--data-dir", "cifar10")
-    assert not out.exists()
+    monkeypatch.setattr(measure, "data_of", missing)
+    assert_refused(script("measure", runs, "--out", out, *CHEAP), "digits is not there")
+    assert len(loaded) == 1  # once, not run by run
+    assert not out.exists() and not list(runs.glob("*/measures.json"))
+    faults("wrong arguments of measure.py", len(wrong) + 3, "refused in one line")
 
 
-def test_released_checkpoint(script, runs, tmp_path):
-    _, model = load_run(runs / "b")
-    names = {
-        "patch_embedding.0.": "to_patch_embedding.1.", "patch_embedding.1.": "to_patch_embedding.2.",
-        "patch_embedding.2.": "to_patch_embedding.3.", "head.": "mlp_head.",
-    }  # fmt: skip
-    layer = {"norm1.": "0.norm.", "mssa.U.": "0.fn.qkv.", "mssa.W.": "0.fn.to_out.0.", "norm2.": "1.norm."}
-    layer |= {"ista.D": "1.fn.weight"}
-    names |= {f"layers.{l}.{ours}": f"module.transformer.layers.{l}.{name}" for l in range(2) for ours, name in layer.items()}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        for ours, theirs in names.items():
-            name = re.sub("^" + re.escape(ours), theirs, name)
-        state[name] = tensor
-    checkpoint, out = tmp_path / "crate.pth", tmp_path / "measures.csv"
-    torch.save({"state_dict": state}, checkpoint)
-    arguments = ("--out", out, "--groups", "srr", *CHEAP[2:])
-    assert script("measure", checkpoint, *arguments, "--heads", 3, "--dataset", "digits")[0] == 0
-    assert script("measure", runs / "b", *arguments)[0] == 0
-    released, run = (table(out)[name, None] for name in ("crate.pth", "b"))
-    assert released["l2"] == run["l2"] and released["model"] == "crate" and released["width"] == "12"
-    assert released["l2_dist"] == released["fro_dist"] == "" != run["l2_dist"]
-    assert float(released["gap"]) == pytest.approx(float(released["val_loss"]) - float(released["train_loss"]))
-    assert script("measure", checkpoint, *arguments)[0] == 0  # measured already: needs no flags
-    for flags, word in (((), "--heads"), (("--heads", 5, "--dataset", "digits"), "--heads 5")):
-        code, _, error = script("measure", checkpoint, *arguments, "--redo", *flags)
-        assert code == 2 and word in error and "Traceback" not in error
-
-
-def test_help_needs_no_torch():
-    program = "import sys, measure; sys.argv[1:] = ['--help']\ntry: measure.main()\nfinally: assert 'torch' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
-
-
-def test_only_drops_other_runs(script, runs, tmp_path):
-    out = tmp_path / "measures.csv"
-    assert script("measure", runs, "--out", out, "--groups", "srr", *CHEAP[2:])[0] == 0
-    shutil.rmtree(runs / "a")
-    assert script("measure", runs, "--out", out, "--groups", "srr", *CHEAP[2:])[0] == 0
-    assert {run for run, _ in table(out)} == {"a", "b"}
-    assert script("measure", runs, "--out", out, "--groups", "srr", *CHEAP[2:], "--only")[0] == 0
-    assert {run for run, _ in table(out)} == {run for run, _ in table(out.with_name("measures_layers.csv"))} == {"b"}
+def test_every_flag_has_a_default(script):
+    code, printed, _ = script("measure", "--help")
+    options = printed.split("options:")[1].replace("\n  -", "\0").split("\0")[2:]
+    assert code == 0 and len(options) >= 10 and all("default" in option for option in options)

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from crate.layers import subspace_attention
+from crate.kernels import self_attention
 from crate.rates import (
+    at_norm_of,
     coding_rate,
     exact_gradient,
     expansion_gradient,
@@ -196,34 +197,50 @@ def test_half_tokens_are_measured_in_float32(dtype):
     assert gradient.dtype == dtype and gradient.isfinite().all()
 
 
-@pytest.fixture
-def matmul_precision():
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_tf32_setting_is_as_before_outside(precision):
     before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
+    try:
+        torch.set_float32_matmul_precision(precision)
+        Z, U = tokens_of((2, 5, 12), torch.float32), torch.randn(12, 12, requires_grad=True)
+        gradients(all_rates(Z, U), Z, U)
+        with pytest.raises(ValueError):
+            coding_rate(Z * math.nan, 0.7)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_tf32_is_off_inside_and_as_before_outside(precision, matmul_precision, monkeypatch):
-    matmul_precision(precision)
-    Z, U = tokens_of((2, 5, 12), torch.float32), torch.randn(12, 12, requires_grad=True)
-    seen = []
-    for name in ("cholesky_ex", "cholesky_inverse"):
-        owner = torch.linalg if name == "cholesky_ex" else torch
-        real = getattr(owner, name)
+def near_equal(norm, spread, N, d):
+    """float32 tokens (2, N, d) of that norm, apart from each other by `spread` of it."""
+    Z = torch.randn(1, 1, d, dtype=torch.float64) + spread * torch.randn(2, N, d, dtype=torch.float64)
+    return (Z * norm / Z.norm(dim=-1).mean()).float()
 
-        def watched(*arguments, _name=name, _real=real):
-            seen.append((_name, torch.get_float32_matmul_precision()))
-            return _real(*arguments)
 
-        monkeypatch.setattr(owner, name, watched)
-    gradients(all_rates(Z, U), Z, U)
-    assert {name for name, _ in seen} == {"cholesky_ex", "cholesky_inverse"}
-    assert {inside for _, inside in seen} == {"highest"}
-    assert torch.get_float32_matmul_precision() == precision
-    with pytest.raises(ValueError):
-        coding_rate(Z * math.nan, 0.7)
-    assert torch.get_float32_matmul_precision() == precision
+@pytest.mark.parametrize("N, d", [(65, 384), (17, 48), (65, 8)])
+def test_float32_rates_of_nearly_equal_and_of_large_tokens(N, d):
+    """Where float32 would be wrong without saying so: 7.89 for 7.66, or no Cholesky factor at all."""
+    for exponent in range(-3, 7):
+        for spread in (1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
+            Z = near_equal(10.0**exponent, spread, N, d)
+            expected = torch.linalg.svdvals(Z.double()).square().mul(6).log1p().sum(-1) / 2
+            error = (coding_rate(Z, 6.0) - expected).abs() / expected.clamp(min=1)
+            assert error.max() < (2e-4 if exponent < 6 else 2e-3), (exponent, spread)
+
+
+def test_gradient_of_nearly_equal_tokens():
+    Z = near_equal(1e2, 1e-3, 65, 384).requires_grad_()
+    wide = Z.detach().double().requires_grad_()
+    coding_rate(Z, 6.0).sum().backward()
+    coding_rate(wide, 6.0).sum().backward()
+    assert Z.grad.dtype == torch.float32
+    assert_close(Z.grad, wide.grad, 1e-3)
+
+
+def test_tokens_at_another_norm():
+    Z, other = torch.randn(3, 5, 12, dtype=torch.float64), torch.randn(3, 7, 12, dtype=torch.float64)
+    assert_close(at_norm_of(Z, other), reference.at_norm_of(Z, other), 1e-12)
+    assert torch.equal(at_norm_of(torch.zeros(2, 3), torch.ones(2, 3)), torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -263,7 +280,7 @@ PRINTED = {"a": 976.9, "b": 2935.0, "c": 0.0, "d": 2937.9, "e": 1244.9}  # R^c a
 def test_update_rules_of_figure_5(seed):
     torch.manual_seed(seed)
     Z, U, K = torch.randn(196, 384, dtype=torch.float64), orthonormal(384), 6
-    attention = merge_heads(subspace_attention(split_heads(Z @ U, K))) @ U.mT
+    attention = merge_heads(self_attention(split_heads(Z @ U, K))) @ U.mT
     moved = {
         "a": Z - exact_gradient(Z, U, K),
         "b": Z - expansion_gradient(Z, U, K),

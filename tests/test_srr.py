@@ -1,20 +1,21 @@
-"""The SRR measure of every layer (Eq. 11) and the regulariser's gradients (Eq. 14), against tests/reference.py."""
+"""The SRR measure, its gradient in Eq. 14, and both on other people's networks, against tests/reference.py."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from crate.model import VARIANTS, build_model
-from crate.srr import add_srr_gradients, layer_srr, operator_rates
+from crate.model import build_model
+from crate.srr import evaluating, layer_srr, operator_rates, parts, record, srr
 from tests import reference
-from tests.reference import assert_close, copies
+from tests.reference import assert_close, copies, orthonormal
 
 DEPTH, HEADS, PATCH = 3, 3, 4
 SIZES = dict(image_size=8, patch_size=PATCH, channels=1, classes=5, width=12, depth=DEPTH, heads=HEADS)
-LAYERS = {"last": [2], "first": [0], "middle": [1], "all": [0, 1, 2], "several": [2, 0]}
 PARTS = ["l0", "rate_subspaces", "rate", "srr"]
+of_variants = pytest.mark.parametrize("variant", reference.VARIANTS)
 
 
 @pytest.fixture(autouse=True)
@@ -22,15 +23,15 @@ def seed():
     torch.manual_seed(14)
 
 
-def small_model(variant="crate", dtype=torch.float64, **changes):
-    model = build_model(variant, **SIZES | changes).to(dtype)
+def small_model(variant="crate", **changes):
+    model = build_model(variant, **SIZES | changes).double()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
 
 
-def images_for(count=6, dtype=torch.float64):
-    return torch.randn(count, 1, 8, 8, dtype=dtype)
+def images_for(count=6):
+    return torch.randn(count, 1, 8, 8, dtype=torch.float64)
 
 
 def expected_outputs(model, variant, images):
@@ -39,38 +40,93 @@ def expected_outputs(model, variant, images):
     return weights, *reference.forward(images.double(), weights, variant, HEADS, PATCH, DEPTH)
 
 
-def expected_gradients(model, variant, images, layers, **options):
-    """Eq. 14's measure and {parameter name: its gradient or None}, from layers run again on detached inputs."""
-    weights, _, outputs = expected_outputs(model, variant, images)
-    measure = reference.stop_gradient_srr(outputs, weights, variant, HEADS, layers, **options)
-    names = [name for name, _ in model.named_parameters()]
-    gradients = torch.autograd.grad(measure, [weights[name] for name in names], allow_unused=True)
-    return measure, dict(zip(names, gradients))
+# The function of tokens
 
 
-def in_layers(name, layers):
-    return any(name.startswith(f"layers.{layer}.") for layer in layers)
+def sparse_tokens(*shape):
+    return F.relu(torch.randn(shape, dtype=torch.float64)).requires_grad_()
 
 
-# The measure
+@pytest.mark.parametrize("N", [5, 20])
+def test_measure_of_tokens_and_its_gradients(N):
+    Z, U = sparse_tokens(4, N, 12), torch.randn(12, 12, dtype=torch.float64, requires_grad=True)
+    expected = torch.stack([reference.srr_parts(z[None], U, HEADS, 0.3, 0.8)["srr"] for z in Z])
+    measure = srr(Z, U, HEADS, sparsity=0.3, gamma=0.8)
+    assert_close(measure, expected, 1e-10)
+    for actual, wanted in zip(torch.autograd.grad(measure.sum(), (Z, U)), torch.autograd.grad(expected.sum(), (Z, U))):
+        assert_close(actual, wanted, 1e-10)
+    assert_close(srr(Z, U, HEADS), srr(Z, U, HEADS, sparsity=0.1, gamma=1.0, norm="l0"), 1e-12)
+    l0, rate_subspaces, rate = parts(Z, U, HEADS, 0.8)
+    assert_close(0.3 * l0 + rate_subspaces - rate, measure, 1e-12)
+    assert l0.tolist() == [int((z > 0).sum()) for z in Z]
+
+
+def test_l1_is_a_surrogate_with_a_gradient():
+    Z, U = sparse_tokens(4, 5, 12), orthonormal(12)
+    rates = srr(Z, U, HEADS, sparsity=0.0)
+    surrogate = srr(Z, U, HEADS, sparsity=0.5, norm="l1")
+    assert_close(surrogate - rates, 0.5 * Z.abs().sum((1, 2)), 1e-12)
+    gradients = [torch.autograd.grad(x.sum(), Z, retain_graph=True)[0] for x in (surrogate, rates)]
+    assert_close(gradients[0] - gradients[1], 0.5 * Z.sign(), 1e-12)
+    with pytest.raises(ValueError, match="l0 or l1"):
+        srr(Z, U, HEADS, norm="l2")
+
+
+def test_half_precision_tokens_and_bad_ones():
+    Z, U = torch.randn(2, 5, 12), torch.randn(12, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = srr(Z, U, HEADS)
+    assert inside.dtype == torch.float32 and torch.equal(inside, srr(Z, U, HEADS))
+    assert torch.equal(srr(Z.bfloat16(), U, HEADS), srr(Z.bfloat16().float(), U, HEADS))
+    Z[0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        srr(Z, U, HEADS)
+
+
+# Recording
+
+
+class Block(nn.Module):
+    """A module that takes a keyword, and returns a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, tokens, mask=None):
+        return self.linear(tokens), "weights"
+
+
+def test_record_any_modules_and_leave_no_trace():
+    blocks = [Block() for _ in range(3)]
+    Z = torch.randn(2, 5, 4)
+    with record(blocks) as (inputs, outputs):
+        first = blocks[0](Z)[0]
+        blocks[2](tokens=first, mask=None)  # one that isn't called, one by keyword
+    assert len(inputs) == len(outputs) == 2
+    assert inputs[0] is Z and outputs[0] is first and inputs[1] is first and outputs[1].shape == Z.shape
+    with pytest.raises(RuntimeError), record(blocks) as (inputs, _):
+        blocks[0](torch.randn(2, 5, 7))
+    blocks[0](Z)
+    assert not inputs and all(not block._forward_hooks for block in blocks)
+
+
+# Every layer of our models
 
 
 @pytest.mark.parametrize("options", [{}, {"sparsity": 0.7, "gamma": 0.4}], ids=["default", "other"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@of_variants
 def test_measure_of_every_layer(variant, options):
     model, images = small_model(variant), images_for()
     _, _, outputs = expected_outputs(model, variant, images)
     measured = layer_srr(model, images, **options)
     assert len(measured) == DEPTH
-    for index, row in enumerate(measured):
-        U = model.layers[index].mssa.U.weight.mT
-        expected = reference.srr_parts(outputs[index + 1], U, HEADS, **options)  # outputs[0] is Z^0
+    for l, row in enumerate(measured):
+        expected = reference.srr_parts(outputs[l + 1], model.layers[l].mssa.U.weight.mT, HEADS, **options)  # outputs[0] is Z^0
         assert list(row) == PARTS and all(type(value) is float for value in row.values())
-        assert 0 < row["l0"] < outputs[1][0].numel() or variant == "vit"  # which has no ReLU
         for part in PARTS:
             assert_close(row[part], expected[part], 1e-10)
-    narrow = layer_srr(model.float(), images.float(), **options)
-    for row, wide in zip(narrow, measured):
+    for row, wide in zip(layer_srr(model.float(), images.float(), **options), measured):
         assert all(row[part] == pytest.approx(wide[part], rel=1e-4, abs=1e-3) for part in PARTS)
 
 
@@ -85,7 +141,7 @@ def test_l0_counts_all_tokens_of_one_image():
 def test_chunks_do_not_matter():
     model, images = small_model(), images_for(7)
     whole = layer_srr(model, images)
-    for chunk in (1, 3, 7, 100):
+    for chunk in (1, 3, 100):
         for row, expected in zip(layer_srr(model, images, chunk=chunk), whole, strict=True):
             assert row == pytest.approx(expected, rel=1e-12)
 
@@ -96,284 +152,127 @@ def test_measuring_leaves_no_trace(training):
     before, random = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
     measured = layer_srr(model, images)
     assert all(module.training == training for module in model.modules())
-    assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)  # no dropout in the measure; a run goes on as if unmeasured
-    assert layer_srr(model.eval(), images) == measured
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        raise ZeroDivisionError
+    assert model.training == training and layer_srr(model, images) == measured
 
 
 @pytest.mark.parametrize("matrix", ["key", "value"])
 def test_other_matrices_of_a_standard_transformer_as_subspaces(matrix):
     model, images = small_model("vit"), images_for()
     _, _, outputs = expected_outputs(model, "vit", images)
-    for index, row in enumerate(layer_srr(model, images, matrix=matrix)):
-        U = getattr(model.layers[index].mssa, matrix).weight.mT
-        assert_close(row["srr"], reference.srr_parts(outputs[index + 1], U, HEADS)["srr"], 1e-10)
-    assert layer_srr(model, images, matrix=matrix)[0]["srr"] != layer_srr(model, images)[0]["srr"]
+    for l, row in enumerate(layer_srr(model, images, matrix=matrix)):
+        U = getattr(model.layers[l].mssa, matrix).weight.mT
+        assert_close(row["srr"], reference.srr_parts(outputs[l + 1], U, HEADS)["srr"], 1e-10)
 
 
-@pytest.mark.parametrize("variant", ["crate-n", "crate-e", "vit"])
+@of_variants
 def test_rates_around_the_operators(variant):
     model, images = small_model(variant), images_for()
     weights, _, outputs = expected_outputs(model, variant, images)
     rows = operator_rates(model, images, sparsity=0.3, gamma=0.8, chunk=4)
-    for index, points in enumerate(rows):
-        own, U = reference.of_layer(weights, index), model.layers[index].mssa.U.weight.mT
-        before, normed = outputs[index], reference.layer_norm(outputs[index], own, "norm1")
-        if variant == "crate-n":
-            step = -reference.output_projection(
-                reference.attention(normed, own["mssa.U.weight"].mT, HEADS, 2**-1), own, variant
-            )
-        elif variant == "crate-e":
-            step = reference.update("a", normed, own["mssa.U.weight"].mT, HEADS) - normed
-        else:
-            step = reference.output_projection(reference.standard_attention(normed, own, HEADS), own, variant)
-        tokens = {"input": before, "compressed": before + step, "output": outputs[index + 1]}
-        if variant != "vit":
-            tokens["normalised"] = reference.layer_norm(before + step, own, "norm2")
-        assert points.keys() == tokens.keys()
+    sign, _, _, sparsification = reference.fields(variant)
+    for l, points in enumerate(rows):
+        own, U, before = reference.of_layer(weights, l), model.layers[l].mssa.U.weight.mT, outputs[l]
+        step = reference.compression_step(reference.layer_norm(before, own, "norm1"), own, variant, HEADS)
+        tokens = {"input": before, "compressed": before + sign * step}
+        if sparsification == "ISTA":
+            tokens["normalised"] = reference.layer_norm(tokens["compressed"], own, "norm2")
+        tokens["output"] = outputs[l + 1]
+        assert list(points) == list(tokens)
         for point, value in tokens.items():
             expected = reference.srr_parts(value, U, HEADS, sparsity=0.3, gamma=0.8)
             for part in PARTS:
                 assert_close(points[point][part], expected[part], 1e-10)
-    assert [points["output"] for points in rows] == [pytest.approx(row) for row in layer_srr(model, images, 0.3, 0.8)]
-
-
-def spoil(model, layer):
-    model.layers[layer].ista.D.data[0, 0] = math.nan
+            if point != "input":
+                scaled = reference.subspace_coding_rate(reference.at_norm_of(value, before), U, HEADS, 0.8).mean()
+                assert_close(points[point]["rate_subspaces_equal_norm"], scaled, 1e-10)
+            before = value
+    assert [points["output"]["srr"] for points in rows] == pytest.approx([r["srr"] for r in layer_srr(model, images, 0.3, 0.8)])
 
 
 @pytest.mark.parametrize("layer", range(DEPTH))
 def test_measure_of_tokens_that_are_not_finite(layer):
     model = small_model().train()
-    spoil(model, layer)
+    model.layers[layer].ista.D.data[0, 0] = math.nan
     with pytest.raises(ValueError, match=f"layer {layer + 1}: "):
         layer_srr(model, images_for())
     assert model.training
 
 
-# Eq. 14
+# Eq. 14 as one expression
+
+
+def eq_14(model, images, labels, layers, eta, **options):
+    """Cross-entropy + eta times the mean SRR of `layers` (0-based), each run again on what entered it, as a user writes it."""
+    with record([model.layers[l] for l in layers]) as (inputs, _):
+        loss = F.cross_entropy(model(images), labels)
+    for l, Z in zip(layers, inputs, strict=True):
+        layer = model.layers[l]
+        loss = loss + eta / len(layers) * srr(layer(Z.detach()), layer.mssa.U.weight.mT, model.heads, **options).mean()
+    return loss
 
 
 @pytest.mark.parametrize("norm", ["l0", "l1"])
-@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_are_those_of_layers_run_again_on_detached_tokens(variant, layers, norm):
-    model, images = small_model(variant), images_for()
+@pytest.mark.parametrize("layers", [[2], [0], [0, 1, 2]], ids=["last", "first", "all"])
+@of_variants
+def test_gradients_of_eq_14(variant, layers, norm):
+    model, images, labels = small_model(variant), images_for(), torch.tensor([0, 1, 2, 3, 4, 0])
     options = dict(sparsity=0.3, gamma=0.8, norm=norm)
-    expected_measure, expected = expected_gradients(model, variant, images, layers, **options)
-    measure = add_srr_gradients(model, model.layer_outputs(images), layers, 2.5, **options)
-    assert not measure.requires_grad and measure.ndim == 0
-    assert_close(measure, expected_measure, 1e-10)
+    weights, logits, outputs = expected_outputs(model, variant, images)
+    regulariser = reference.stop_gradient_srr(outputs, weights, variant, HEADS, layers, **options)
+    expected = F.cross_entropy(logits, labels) + 0.7 * regulariser
+    loss = eq_14(model, images, labels, layers, 0.7, **options)
+    assert_close(loss, expected, 1e-10)
+    loss.backward()
+    expected.backward()
     for name, parameter in model.named_parameters():
-        assert (expected[name] is None) == (not in_layers(name, layers))
-        if expected[name] is None:
-            assert parameter.grad is None
-        else:
-            assert expected[name].any()
-            assert_close(parameter.grad, 2.5 * expected[name], 1e-10)
-            assert parameter.grad.stride() == parameter.stride()  # fused Adam on CUDA wants one layout
+        assert_close(parameter.grad, weights[name].grad, 1e-10)
+    plain = small_model(variant)
+    plain.load_state_dict(model.state_dict())
+    F.cross_entropy(plain(images), labels).backward()
+    for name, parameter in plain.named_parameters():  # what lies outside these layers feels cross-entropy alone
+        if not any(name.startswith(f"layers.{l}.") for l in layers):
+            assert_close(model.get_parameter(name).grad, parameter.grad, 1e-10)
 
 
-def test_defaults():
-    model, images = small_model(), images_for()
-    outputs = model.layer_outputs(images)
-    measure = add_srr_gradients(model, outputs, [1], 1.0)
-    default = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    assert torch.equal(add_srr_gradients(model, outputs, [1], 1.0, sparsity=0.1, gamma=1.0, norm="l0"), measure)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter.grad, default[name]) if default[name] is not None else parameter.grad is None
+# Other people's networks: the README's examples. tests/test_readme.py runs them as they stand.
 
 
-def test_float32():
-    model, images = small_model(dtype=torch.float32), images_for()
-    expected_measure, expected = expected_gradients(model, "crate", images, [0, 2], norm="l1")
-    measure = add_srr_gradients(model, model.layer_outputs(images.float()), [0, 2], 1.0, norm="l1")
-    assert_close(measure, expected_measure, 1e-4)
-    for name, parameter in model.named_parameters():
-        if in_layers(name, [0, 2]):
-            assert parameter.grad.dtype == torch.float32
-            assert_close(parameter.grad, expected[name], 1e-4)
+def vision_transformer():
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.models.VisionTransformer(
+        image_size=16, patch_size=8, num_layers=3, num_heads=3, hidden_dim=12, mlp_dim=24, num_classes=5
+    ).double()
 
 
-def test_l0_has_no_gradient_and_l1_the_gradient_of_the_surrogate():
-    model, images = small_model(), images_for()
-    outputs = model.layer_outputs(images)
-
-    def gradient(sparsity, norm):
-        model.zero_grad()
-        add_srr_gradients(model, outputs, [1], 1.0, sparsity=sparsity, norm=norm)
-        return model.layers[1].ista.D.grad
-
-    rates = gradient(0.0, "l0")
-    assert torch.equal(gradient(5.0, "l0"), rates) and torch.equal(gradient(0.0, "l1"), rates)
-    (surrogate,) = torch.autograd.grad(outputs[1].abs().sum() / len(images), model.layers[1].ista.D, retain_graph=True)
-    assert_close(gradient(5.0, "l1") - rates, 5.0 * surrogate, 1e-10)
+def query_matrix(block):
+    return block.self_attention.in_proj_weight[: block.self_attention.embed_dim].mT
 
 
-@pytest.mark.parametrize("weight", [0.5, torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64), 65536.0, 0.0], ids=str)
-def test_weight(weight):
-    model, images = small_model(), images_for()
-    outputs = model.layer_outputs(images)
-    measure = add_srr_gradients(model, outputs, [0, 1], 1.0)
-    plain = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    assert torch.equal(add_srr_gradients(model, outputs, [0, 1], weight), measure)  # the measure is without the weight
-    for name, gradient in plain.items():
-        assert_close(model.get_parameter(name).grad, float(weight) * gradient, 1e-12)
+def test_every_layer_of_a_torchvision_network():
+    network, images = vision_transformer(), torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    blocks = list(network.encoder.layers)
+    with evaluating(network), record(blocks) as (_, outputs):
+        network(images)
+        tokens = network._process_input(images)
+        tokens = torch.cat([network.class_token.expand(4, -1, -1), tokens], 1) + network.encoder.pos_embedding
+        for block, output in zip(blocks, list(outputs), strict=True):  # the same, one block after the other
+            tokens = block(tokens)
+            assert_close(output, tokens, 1e-10)
+            expected = reference.srr_parts(tokens, query_matrix(block), 3)["srr"]
+            assert_close(srr(output, query_matrix(block), 3).mean(), expected, 1e-10)
 
 
-@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
-def test_the_measure_is_the_mean_of_those_layers(layers):
-    model, images = small_model("crate-n"), images_for()
-    measure = add_srr_gradients(model, model.layer_outputs(images), layers, 1.0, sparsity=0.3)
-    rows = layer_srr(model, images, sparsity=0.3)
-    assert measure.item() == pytest.approx(sum(rows[layer]["srr"] for layer in layers) / len(layers), rel=1e-12)
-
-
-@pytest.mark.parametrize("norm", ["l0", "l1"])
-@pytest.mark.parametrize("layer", range(DEPTH))
-def test_nothing_but_the_layer_is_touched(layer, norm):
-    model, images = small_model("crate-fix"), images_for()
-    for i, parameter in enumerate(model.parameters()):
-        parameter.grad = torch.randn_like(parameter) if i % 2 else None
-    before = {name: (p.grad, None if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()}
-    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    outputs = model.layer_outputs(images)
-    tokens = [output.detach().clone() for output in outputs]
-    add_srr_gradients(model, outputs, [layer], 1.0, norm=norm)
-    assert {"cls_token", "pos_embedding", "patch_embedding.1.weight", "head.1.bias"} <= before.keys()
-    for name, parameter in model.named_parameters():
-        gradient, value = before[name]
-        if in_layers(name, [layer]):
-            assert not torch.equal(parameter.grad, torch.zeros_like(parameter) if value is None else value)
-        else:
-            assert parameter.grad is gradient
-            assert gradient is None or torch.equal(gradient, value)
-    assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
-    assert all(torch.equal(output, token) for output, token in zip(outputs, tokens))
-    assert model.layers[layer].mssa.fixed.grad is None
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_cross_entropy_and_regulariser_add_up(variant):
-    model, images, labels, layers = small_model(variant), images_for(), torch.tensor([0, 1, 2, 3, 4, 0]), [0, 2]
-    weights, logits, _ = expected_outputs(model, variant, images)
-    F.cross_entropy(logits, labels).backward()
-    _, regulariser = expected_gradients(model, variant, images, layers, norm="l1")
-    earlier = {name: torch.randn_like(p) for name, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        parameter.grad = earlier[name].clone()
-
-    logits, outputs = model.forward_with_outputs(images)
-    add_srr_gradients(model, outputs, layers, 0.7, norm="l1")
-    F.cross_entropy(logits, labels).backward()
-    for name, parameter in model.named_parameters():
-        term = 0.0 if regulariser[name] is None else 0.7 * regulariser[name]
-        assert_close(parameter.grad, earlier[name] + weights[name].grad + term, 1e-10)
-
-
-def test_dropout_masks_are_those_of_the_training_pass():
-    """With dropout, the layer's own second run would need the same masks: compare with a run under the same seed."""
-    model, images, layer = small_model("crate-c", dropout=0.4), images_for(), 1
-    torch.manual_seed(3)
-    tokens = model.embed(images)
-    for index in range(DEPTH):
-        inputs, random = tokens, torch.get_rng_state()
-        tokens = model.layers[index](inputs)
-        if index == layer:
-            output = tokens
-            torch.set_rng_state(random)
-            again = model.layers[index](inputs.detach())
-    assert torch.equal(output, again)
-    U = model.layers[layer].mssa.U.weight.mT
-    reference.srr_parts(again, U, HEADS)["srr"].backward()
-    expected = {name: p.grad for name, p in model.layers[layer].named_parameters()}
-    model.zero_grad()
-    torch.manual_seed(3)
-    add_srr_gradients(model, model.layer_outputs(images), [layer], 1.0)
-    for name, parameter in model.layers[layer].named_parameters():
-        assert_close(parameter.grad, expected[name], 1e-10)
-
-
-@pytest.mark.parametrize("frozen", ["mssa.U.weight", "mssa.W.bias", "norm1.weight", "norm1.bias", "ista.D"])
-def test_frozen_parameter(frozen):
-    model, images = small_model(), images_for()
-    _, expected = expected_gradients(model, "crate", images, [1])
-    model.get_parameter(f"layers.1.{frozen}").requires_grad_(False)
-    add_srr_gradients(model, model.layer_outputs(images), [1], 1.0)
-    for name, parameter in model.layers[1].named_parameters():
-        if name == frozen:
-            assert parameter.grad is None
-        else:
-            assert_close(parameter.grad, expected[f"layers.1.{name}"], 1e-10)
-
-
-@pytest.mark.parametrize("everything", [False, True])
-def test_frozen_layer(everything):
-    """Layer 2, or all but the head, does not train: its term has nothing to reach, the measure is still that of both."""
-    model, images = small_model(), images_for()
-    expected_measure, expected = expected_gradients(model, "crate", images, [0, 1])
-    for module in [model.layers, model.patch_embedding] if everything else [model.layers[1]]:
-        module.requires_grad_(False)
-    model.cls_token.requires_grad_(not everything)
-    model.pos_embedding.requires_grad_(not everything)
-    measure = add_srr_gradients(model, model.layer_outputs(images), [0, 1], 1.0)
-    assert_close(measure, expected_measure, 1e-10)
-    for name, parameter in model.named_parameters():
-        if in_layers(name, [0]) and not everything:
-            assert_close(parameter.grad, expected[name], 1e-10)
-        else:
-            assert parameter.grad is None
-
-
-@pytest.mark.parametrize("layer", range(DEPTH))
-def test_gradients_of_tokens_that_are_not_finite(layer):
-    model = small_model()
-    spoil(model, layer)
-    with pytest.raises(ValueError, match=f"layer {layer + 1}: "):
-        add_srr_gradients(model, model.layer_outputs(images_for()), [layer], 1.0)
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("inside", [False, True], ids=["after", "inside"])
-@pytest.mark.parametrize("norm", ["l0", "l1"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype, norm, inside):
-    model, images = small_model("crate-n", torch.float32), images_for(dtype=torch.float32)
-    measure = add_srr_gradients(model, model.layer_outputs(images), [1, 2], 1.0, norm=norm)
-    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    with torch.autocast("cpu", dtype):
-        outputs = model.layer_outputs(images)
-        assert outputs[0].dtype == dtype
-        if inside:
-            half = add_srr_gradients(model, outputs, [1, 2], 1.0, norm=norm)
-    if not inside:
-        half = add_srr_gradients(model, outputs, [1, 2], 1.0, norm=norm)
-    assert half.dtype == torch.float32
-    rate = layer_srr(model, images)[2]["rate"]  # the measure is a difference of such terms, and may be near 0
-    assert abs(half - measure) < 1e-2 * rate
-    for name, parameter in model.named_parameters():
-        if in_layers(name, [1, 2]):
-            assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
-            assert F.cosine_similarity(parameter.grad.flatten(), expected[name].flatten(), dim=0) > 0.9  # ReLUs flip
-        else:
-            assert parameter.grad is None
-
-
-@pytest.mark.parametrize("norm", ["l0", "l1"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_measure_of_half_tokens_is_summed_in_float32(dtype, norm):
-    """The measure on half tokens is the textbook's on the same tokens: no rounding, and no overflow, of the sum over them."""
-    model = small_model("crate-c", torch.float32)
-    scale = (torch.rand(64, 5, 12) * 200).requires_grad_()
-    with torch.autocast("cpu", dtype):
-        tokens = model.layers[0](scale).to(dtype) * 300
-    assert tokens.sum(dtype=torch.float64) > 65504  # the largest float16
-    measure = add_srr_gradients(model, [tokens], [0], 1.0, norm=norm)
-    U, wide = model.layers[0].mssa.U.weight.mT.double(), tokens.detach().double()
-    parts = reference.srr_parts(wide, U, HEADS)
-    size = parts["l0"] if norm == "l0" else wide.abs().sum() / len(wide)
-    assert_close(measure, 0.1 * size + parts["rate_subspaces"] - parts["rate"], 1e-4)
+def test_eq_14_on_a_torchvision_network_reaches_one_block():
+    network, images = vision_transformer(), torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    last = network.encoder.layers[-1]
+    with record([last]) as (inputs, _):
+        network(images)
+    srr(last(inputs[0].detach()), query_matrix(last), 3).mean().backward()
+    reached = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached and all(name.startswith("encoder.layers.encoder_layer_2.") for name in reached)
