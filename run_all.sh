@@ -37,9 +37,9 @@ go() { "$python" "$@" & child=$!; wait $child; }
 train() { go train.py --preset "$PRESET" --jobs "$JOBS" --out "$runs/$1" "${@:2}"; }
 
 runs=runs/$PRESET results=runs/$PRESET/results models="crate-c crate-n crate-t crate"
-case $PRESET in # the grid of Section 5 (Table 4), and the layers of Table 6
-  laptop) grid="--width 48 96 --batch-size 32 128 --lr 1e-3 5e-3 --dropout 0 0.2 --epochs 400" layers="1 2 3 last random" ;;
-  paper) grid="--width 384 768 --batch-size 64 128 --lr 1e-4 3e-4 --dropout 0 0.1 --epochs 300" layers="2 4 6 8 10 last random" ;;
+case $PRESET in # the grid of Section 5 (Table 4), the layers of Table 6, pictures of stage layers
+  laptop) grid="--width 48 96 --batch-size 32 128 --lr 1e-3 5e-3 --dropout 0 0.2 --epochs 400" layers="1 2 3 last random" pictures=250 ;;
+  paper) grid="--width 384 768 --batch-size 64 128 --lr 1e-4 3e-4 --dropout 0 0.1 --epochs 300" layers="2 4 6 8 10 last random" pictures=520 ;;
 esac
 until_low="--augment none --schedule constant --stop-at-loss 0.01 --log-srr-every 0 --validate-every 1000 --seed own"
 study="--batch-size 16 32 64 128 --lr 7e-4 7e-3 --dropout 0 0.3 --weight-decay 0 0.1 --epochs 600"
@@ -51,7 +51,8 @@ for stage in $stages; do
     setup) "$python" -c 'import sys, torch; print(f"python {sys.version.split()[0]}, torch {torch.__version__}, {torch.cuda.device_count()} GPUs")' ;;
     attention) go attention_only.py --out "$results/attention_only" ;; # Figs. 1, 5
     layers) # Fig. 2's first curve, at the paper's size: models at initialisation, no training
-      train layers --model $models crate-e --width 384 768 --depth 12 --epochs 0 --log-srr-every 1 --hold-out 0.02 --seed 0 1 2 3 4 ;;
+      train layers --model $models crate-e --width 384 768 --depth 12 --epochs 0 --log-srr-every 1 \
+        --train-subset "$pictures" --hold-out 0.02 --seed 0 1 2 3 4 ;;
     train)
       train grid --model $models $grid $until_low                                              # Tables 1, 4, 5; Figs. 4, 6
       train table2 --model $models --srr-reg 0 1e-3 --seed 0 1 2 3 4                           # Table 2, Fig. 2
