@@ -197,7 +197,7 @@ def markdown(table, axes, strata, rows, gap):
         notes += [f"Intervals and p are about these {levels} levels of `{strata}`. For new ones the level is the unit, and no"]
         notes += [f"permutation of {levels} levels gives a p below 1/{math.factorial(levels)}."]
     for row in rows:
-        if "lead" in row:
+        if math.isfinite(row.get("share_first", math.nan)):
             notes += [f"tau of srr minus that of its closest rival, {row['lead_rival']}: {value(row, 'lead')}. The rival is"]
             notes += [f"chosen anew in every resample; srr is above all rivals in {row['share_first']:.0%} of them."]
     return text + "\n" + "\n".join(notes) + "\n"

@@ -133,37 +133,37 @@ def operator_claims(changes, which):
     ]  # fmt: skip
 
 
-SRR, FLATNESS = ["srr"], ["pacbayes_flatness"]
 NORM_MEASURES = [f"log_{what}_of_{norm}" for what in ("prod", "sum") for norm in ("fro", "spec")]
-# Claims about rank correlations (Section 5): text, side, column of correlation.csv, that of its p-value, measures.
-OF_A_WIDTH = [
-    ("SRR correlates with the gap, {}: tau", +1, "tau", "p_value", SRR),
-    ("SRR ranks between implementations, {}: tau", +1, "tau_between", "", SRR),
-    ("SRR ranks within an implementation, {}: tau", +1, "tau_within", "p_within", SRR),
-    ("SRR has the highest tau, {}: its lead over the closest rival", +1, "lead", "", SRR),
+P_VALUES = {"tau": "p_value", "tau_within": "p_within"}
+# Claims about rank correlations (Section 5): text with a place for the width, side, column of correlation.csv, measures.
+OF_EACH_WIDTH = [
+    ("SRR correlates with the gap, {}: tau", +1, "tau", ["srr"]),
+    ("SRR ranks between implementations, {}: tau", +1, "tau_between", ["srr"]),
+    ("SRR ranks within an implementation, {}: tau", +1, "tau_within", ["srr"]),
+    ("SRR has the highest tau, {}: its lead over the closest rival", +1, "lead", ["srr"]),
 ]
-OF_THE_SMALLER_WIDTH = [(text.format("smaller width"), *number) for text, *number in OF_A_WIDTH] + [
-    ("SRR wins on the axis of model types, smaller width: its lead in psi", +1, "lead_psi_model", "", SRR),
-    ("Products and sums of norms all correlate negatively, smaller width: tau", -1, "tau", "p_value", NORM_MEASURES),
-    ("Path-norm correlates negatively, smaller width: tau", -1, "tau", "p_value", ["path_norm"]),
-    ("1/margin correlates positively, smaller width: tau", +1, "tau", "p_value", ["inverse_margin"]),
-    ("PAC-Bayes flatness correlates positively, smaller width: tau", +1, "tau", "p_value", FLATNESS),
+OF_THE_SMALLER_WIDTH = OF_EACH_WIDTH + [
+    ("SRR wins on the axis of model types, {}: its lead in psi over the closest rival", +1, "lead_psi_model", ["srr"]),
+    ("Products and sums of norms all correlate negatively, {}: tau", -1, "tau", NORM_MEASURES),
+    ("Path-norm correlates negatively, {}: tau", -1, "tau", ["path_norm"]),
+    ("1/margin correlates positively, {}: tau", +1, "tau", ["inverse_margin"]),
+    ("PAC-Bayes flatness correlates positively, {}: tau", +1, "tau", ["pacbayes_flatness"]),
 ]
-OF_THE_LARGER_WIDTH = [(text.format("larger width"), *number) for text, *number in OF_A_WIDTH] + [
-    ("SRR is below PAC-Bayes flatness on dropout, larger width: difference of psi", -1, "diff_srr_psi_dropout", "", FLATNESS),
-    ("SRR is below PAC-Bayes flatness on model types, larger width: difference of psi", -1, "diff_srr_psi_model", "", FLATNESS),
+OF_THE_LARGER_WIDTH = OF_EACH_WIDTH + [
+    ("SRR is below PAC-Bayes flatness on dropout, {}: psi minus its psi", -1, "diff_srr_psi_dropout", ["pacbayes_flatness"]),
+    ("SRR is below PAC-Bayes flatness on model types, {}: psi minus its psi", -1, "diff_srr_psi_model", ["pacbayes_flatness"]),
 ]
-ACROSS_WIDTHS = [("Beyond the paper, SRR across widths: tau", 0, "tau", "", SRR)]
-OF_THE_STUDY = [("Beyond the paper, the study: SRR ranks within types, tau", +1, "tau_within", "p_within", SRR)]
+ACROSS_WIDTHS = [("Beyond the paper, SRR across widths: tau", 0, "tau", ["srr"])]
+OF_THE_STUDY = [("Beyond the paper, the study: SRR ranks within types, tau", +1, "tau_within", ["srr"])]
 
 
-def rank_claims(table, note, claims):
+def rank_claims(table, claims, note, width=""):
     """Section 5, from a correlation.csv. claims: one of the lists above; those whose number the table lacks are left out.
 
     Of several measures the one with the worst verdict decides, of several such the one with the worst number.
     """
     rows = []
-    for text, side, column, p_column, measures in claims:
+    for text, side, column, measures in claims:
 
         def rank(row):
             said = verdict(row[f"{column}_low"], row[f"{column}_high"], side)
@@ -171,14 +171,12 @@ def rank_claims(table, note, claims):
 
         own = table[table["measure"].isin(measures)].dropna(subset=column) if column in table else table[:0]
         for row in sorted(own.to_dict("records"), key=rank)[:1]:
-            about = [note] + [row["measure"]] * (len(measures) > 1)
+            about = [note, row["measure"]] if len(measures) > 1 else [note]
             if column == "lead":
                 about.append(f"rival {row['lead_rival']}, first in {row['share_first']:.0%} of resamples")
-            number, p_value = (
-                (row[column], row[f"{column}_low"], row[f"{column}_high"]),
-                row[p_column] if p_column else math.nan,
-            )
-            rows.append(claim("5", text, side, *number, int(row["models"]), "models", p_value=p_value, note=", ".join(about)))
+            values = row[column], row[f"{column}_low"], row[f"{column}_high"], int(row["models"]), "models"
+            p_value = row[P_VALUES[column]] if column in P_VALUES else math.nan
+            rows.append(claim("5", text.format(width), side, *values, p_value=p_value, note=", ".join(about)))
     return rows
 
 

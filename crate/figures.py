@@ -124,11 +124,12 @@ def intervention(runs, slopes, path):
         own = runs[runs["model"] == model].sort_values("srr_reg")
         for _, seed in own.groupby("seed"):
             axis.plot(seed["srr"], seed["gap"], color=GREY, linewidth=0.6, alpha=0.6, zorder=1)
-        for eta, points in own.groupby("srr_reg"):
-            axis.scatter(points["srr"], points["gap"], s=16, color=colours[eta], label=f"{eta:g}")
+        for eta, of_eta in own.groupby("srr_reg"):
+            axis.scatter(of_eta["srr"], of_eta["gap"], s=16, color=colours[eta], label=f"{eta:g}")
         axis.set(title=f"{model}: slope {slope}", xlabel="SRR measure of the trained model", ylabel="gap (nats)")
         axis.title.set_size(9)
-    axes[0].legend(title="eta", frameon=False, fontsize=7, title_fontsize=8)
+    place = dict(loc="outside upper center", ncols=min(len(colours), 8), frameon=False, fontsize=8, title_fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), title="eta", **place)
     save(figure, path)
 
 
@@ -148,6 +149,13 @@ def _number_first(level):
         return (0, float(level), level)
     except ValueError:
         return (1, 0.0, level)
+
+
+def drawable(values):
+    """Values as floats that matplotlib can draw: it overflows beyond 1e100. NaN where one isn't finite."""
+    values = np.asarray(values, float)
+    values = np.where(np.isfinite(values), np.clip(values, -1e100, 1e100), math.nan)
+    return np.where(np.abs(values) < 1e-100, 0, values)
 
 
 def points(axis, x, y, levels, size):
@@ -174,14 +182,15 @@ def scatter(panels, gap, levels, path, *, gap_name, legend=None):
     """The gap against every measure, a small panel each (Figs. 4, 6).
 
     panels: {measure: (title, values (models,))}; gap (models,); levels: each model's level of the hyperparameter `legend`, or
-    one and the same. A measure that is positive and spans more than a factor of 100 gets a logarithmic axis. Names of columns
-    are not parsed for formulas: a `$` in them is a `$`.
+    one and the same. A measure that is positive and spans more than a factor of 100 gets a logarithmic axis. Where there are
+    more than 5,000 points in all, every second, third, .. model is drawn. A `$` in a name is a `$`, not a formula.
     """
     columns = min(6, math.ceil(len(panels) ** 0.5))
     figure, axes = grid(len(panels), columns, width=2.3, height=2.0, sharey=True)
-    gap, levels = np.asarray(gap), np.asarray(levels)
+    some = slice(None, None, math.ceil(len(gap) * len(panels) / 5_000))
+    gap, levels = drawable(gap)[some], np.asarray(levels)[some]
     for axis, (name, (title, values)) in zip(axes, panels.items()):
-        values = np.asarray(values)
+        values = drawable(values)[some]
         finite = values[np.isfinite(values)]
         if len(finite) and finite.min() > 0 and finite.max() > 100 * finite.min():
             axis.set_xscale("log")
@@ -204,7 +213,7 @@ def srr_scatter(srr, gap, levels, path, *, gap_name, legend=None):
     srr, gap, levels: (models,); levels: each model's level of the hyperparameter `legend`.
     """
     finite = np.isfinite(srr)
-    srr, gap, levels = (np.asarray(values)[finite] for values in (srr, gap, levels))
+    srr, gap, levels = drawable(srr)[finite], drawable(gap)[finite], np.asarray(levels)[finite]
     figure, axes = grid(2 if legend else 1, 2, width=4.2, height=3.6)
     size = max(3.0, min(24.0, 5000 / len(gap)))
     points(axes[0], srr, gap, levels, size)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -72,11 +73,15 @@ def load_checkpoint(path):
         stream = io.BytesIO(Path(path).read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file")
+    if not stream.getbuffer().nbytes:
+        raise InputError(f"{path}: is empty, no checkpoint")
     try:
         if zipfile.is_zipfile(stream) and zipfile.ZipFile(stream).testzip():
             raise zipfile.BadZipFile
         stream.seek(0)
-        content = torch.load(stream, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old formats: what is wrong is told below
+            content = torch.load(stream, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # whatever zipfile and the unpickler make of arbitrary bytes

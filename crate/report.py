@@ -23,15 +23,15 @@ from crate.model import VARIANTS
 from crate.runs import DEFAULTS, read_log, read_run
 from crate.statistics import holm
 
-RUN, PARTS = ["experiment", "run"], ["l0", "rate_subspaces", "rate", "srr"]
-ORIGIN = ["preset", "device", "amp", "parameters", "commit", "command"]
+RUN = ["experiment", "run"]
 COLUMNS = {  # that the report needs of a table
-    "runs": [*RUN, *ORIGIN, *DEFAULTS, "reached_target", "val_accuracy", "gap", "srr", "seconds", "torch", "processor"],
-    "layers": [*RUN, "epoch", "images", "layer", *PARTS],
-    "operators": [*RUN, "epoch", "layer", "point", "rate_subspaces", "rate_subspaces_equal_norm"],
-    "rates": ["rule", "seed", "layer", "before", "after", "after_equal_norm", "overflow"],
-    "correlation": ["measure", "models", "tau", "tau_low", "tau_high", "p_value"],
-    "claims": ["section", "claim", "note", "claimed", "number", "low", "high", "verdict"],
+    "runs": "experiment run model dataset width depth batch_size lr dropout srr_reg srr_layer seed parameters epochs "
+    "reached_target val_accuracy gap srr seconds command commit torch device processor",
+    "layers": "experiment run epoch images layer rate_subspaces rate srr",
+    "operators": "experiment run epoch layer point rate_subspaces rate_subspaces_equal_norm",
+    "rates": "rule seed layer before after after_equal_norm overflow",
+    "correlation": "measure models tau tau_low tau_high p_value",
+    "claims": "section claim note claimed number low high verdict",
 }
 FIGURES = ("fig_2*.png", "layers.png", "intervention.png")  # that it draws
 SRR = r"SRR measure, $\lambda ||Z||_0 + R^c - R$"
@@ -63,7 +63,7 @@ def rows_of(folder):
     """What a finished run adds to the tables, {table: rows}; layer-wise rates only without SRR in the loss."""
     (config, result), log = read_run(folder), read_log(folder)
     where = {"experiment": folder.parent.name, "run": folder.name}
-    row = where | {key: config[key] for key in (*DEFAULTS, *ORIGIN)}
+    row = where | {key: config[key] for key in (*DEFAULTS, "preset", "device", "amp", "parameters", "commit", "command")}
     row["max_epochs"] = row["epochs"]  # the result's epochs are those that it took
     row |= {key: value for key, value in result.items() if not isinstance(value, (str, list))}
     row |= {"torch": config["versions"]["torch"], "processor": "{processor}, {cores} cores".format(**config["versions"])}
@@ -102,18 +102,18 @@ def collect(runs, results):
         raise InputError(f"{runs}: no finished run there; name the folder above the experiments, such as runs/laptop")
     output_folder(results, "--results")
     for name, rows in tables.items():
-        table = pd.DataFrame(rows, columns=None if rows else COLUMNS[name])
+        table = pd.DataFrame(rows, columns=None if rows else COLUMNS[name].split())
         digits = None if name == "runs" else "%.7g"  # float32 has no more
         write_text(results / f"{name}.csv", table.to_csv(index=False, float_format=digits))
 
 
 def read_table(file):
     """The CSV `file`, or a table without rows where there is none. Raises InputError where columns are missing."""
-    columns = COLUMNS[file.stem]
+    columns = COLUMNS[file.stem].split()
     if not file.exists():
         return pd.DataFrame(columns=columns)
     try:
-        table = pd.read_csv(file, dtype={"srr_layer": str, "section": str, "note": str})
+        table = pd.read_csv(file, dtype=dict.fromkeys(("srr_layer", "commit", "section", "note"), str))
     except ValueError as error:
         raise InputError(f"{file}: not a table ({error})")
     missing = [column for column in columns if column not in table]
@@ -239,12 +239,10 @@ def table_4(grid):
     return markdown_table(["", "values"], lines) + (f"\nMissed the target: {', '.join(missed)}\n" if len(missed) else "")
 
 
-def ranks(results, folder, what, wanted):
+def ranks(results, folder, what, wanted, width=""):
     """What correlate.py left in results/`folder`: (claims, those of the list `wanted`, Markdown)."""
-    found, text = (
-        claims.rank_claims(read_table(results / folder / "correlation.csv"), what, wanted),
-        results / folder / "correlation.md",
-    )
+    found = claims.rank_claims(read_table(results / folder / "correlation.csv"), wanted, what, width)
+    text = results / folder / "correlation.md"
     captions = {
         "srr": "The gap against SRR",
         "within_between": "Kendall's tau within and between model types",
@@ -259,12 +257,12 @@ def complexity_section(results, runs):
     """Section 5, the study and the intervention: (claims, Markdown)."""
     found, parts = [], []
     widths = sorted(int(folder.name.removeprefix("width=")) for folder in results.glob("correlation/width=*"))
-    places = {f"correlation/width={width}": (f"d = {width}", claims.OF_THE_LARGER_WIDTH) for width in widths}
-    places["correlation"] = ("all models", claims.ACROSS_WIDTHS)
-    smaller = next(iter(places))
-    places[smaller] = (places[smaller][0], claims.OF_THE_SMALLER_WIDTH)
-    for folder, (what, wanted) in places.items():
-        of_place, text = ranks(results, folder, what, wanted)
+    of_widths = [(claims.OF_THE_SMALLER_WIDTH, "smaller width")] + [(claims.OF_THE_LARGER_WIDTH, "larger width")] * len(widths)
+    places = [(f"correlation/width={width}", f"d = {width}", *of_width) for width, of_width in zip(widths, of_widths)]
+    of_all = (claims.ACROSS_WIDTHS,) if widths else of_widths[0]
+    places.append(("correlation", "all models", *of_all))
+    for place in places:
+        of_place, text = ranks(results, *place)
         found, parts = found + of_place, parts + text
     grid = runs[runs["experiment"] == "grid"]
     text = section("The models of Section 5 (Table 4)", "", table_4(grid) if len(grid) else "")
@@ -273,7 +271,7 @@ def complexity_section(results, runs):
     text += section("Does SRR rank models of one type? (study)", PAPER["study"], *parts)
     moved = runs_of(runs, ["intervention"], ["model", "seed", "srr_reg"]).dropna(subset=["srr", "gap"])
     if len(moved):
-        slopes = {model: claims.mean_interval(values) for model, values in claims.slopes(moved).groupby("model")}
+        slopes = {model: claims.mean_interval(s.dropna()) for model, s in claims.slopes(moved).groupby("model")}
         slopes = {model: with_interval(*values, ".2g") for model, values in slopes.items()}
         figures.intervention(moved, slopes, results / "figures/intervention.png")
     caption = "The gap against SRR where eta alone differs, a line per seed; slope: mean over seeds, 95 % interval"

@@ -199,8 +199,9 @@ def conditional_information(mu, g, levels):
 def sign_errors(agree, i, j, setting, seeds):
     """Errors (1 - agreement) / 2 along one axis, mean over seeds: one for every pair of settings that differ on it alone."""
     chosen = np.concatenate([group for groups in seeds for group in groups])
-    a, b = np.sort([setting[i[chosen]], setting[j[chosen]]], axis=0)
-    return (1 - pd.Series(agree[chosen]).groupby([a, b]).mean().dropna()) / 2
+    chosen = chosen[np.isfinite(agree[chosen])]
+    pair = cells(np.sort(np.stack([setting[i[chosen]], setting[j[chosen]]], axis=1), axis=1))
+    return (1 - np.bincount(pair, agree[chosen]) / np.bincount(pair)) / 2
 
 
 def point_statistics(mu, g, models, i, j, groups, hyperparameters):
@@ -209,17 +210,18 @@ def point_statistics(mu, g, models, i, j, groups, hyperparameters):
     seeds = [np.isfinite(mu) & (models.seed == seed) for seed in np.unique(models.seed[np.isfinite(mu)])]
     K = pd.Series([conditional_information(mu[own], g[own], models.levels[own]) for own in seeds], dtype=float)
     tau_b = pd.Series([kendalltau(mu[own], g[own]).statistic for own in seeds], dtype=float)
-    errors = {axis: sign_errors(agree, i, j, models.setting, groups[f"psi_{axis}"]) for axis in hyperparameters}
-    pooled = pd.concat(errors)
     row = {"tau_b": tau_b.mean(), "ties": int((agree == 0).sum()), "K": K.mean(), "K_sd": K.std()}
-    row |= {"sign_error_mean": pooled.mean(), "sign_error_max": pooled.max(), "sign_error_p90": math.nan}
+    row |= {"models": int(np.isfinite(mu).sum()), "seeds": len(seeds), "note": ""}
+    errors = {axis: sign_errors(agree, i, j, models.setting, groups[f"psi_{axis}"]) for axis in hyperparameters}
+    pooled = np.concatenate(list(errors.values()))
+    row |= {"sign_error_mean": float(mean_of_finite(pooled)), "sign_error_max": math.nan, "sign_error_p90": math.nan}
     if len(pooled):
+        row["sign_error_max"] = float(pooled.max())
         row["sign_error_p90"] = float(np.quantile(pooled, 0.9, method="inverted_cdf"))
-    row |= {f"sign_error_mean_{axis}": of_axis.mean() for axis, of_axis in errors.items()}
+    row |= {f"sign_error_mean_{axis}": float(mean_of_finite(of_axis)) for axis, of_axis in errors.items()}
     for axis, of_axis in errors.items():
         right, wrong = int((of_axis < 0.5).sum()), int((of_axis > 0.5).sum())
         row[f"sign_p_{axis}"] = float(binomtest(right, right + wrong).pvalue) if right + wrong else math.nan
-    row |= {"models": int(np.isfinite(mu).sum()), "seeds": len(seeds), "note": ""}
     if not seeds:
         row["note"] = "too few models"
     elif all(np.ptp(mu[own]) == 0 for own in seeds):
@@ -231,7 +233,8 @@ def point_statistics(mu, g, models, i, j, groups, hyperparameters):
 
 def interval(values):
     """The 95 % percentile interval of the finite values; two NaN if there are none."""
-    return pd.Series(values).quantile([0.025, 0.975]).tolist()
+    values = values[np.isfinite(values)]
+    return np.quantile(values, (0.025, 0.975)).tolist() if len(values) else (math.nan, math.nan)
 
 
 def draw(stratum, resamples, rng):
@@ -252,7 +255,7 @@ def draw_images(gaps, val_losses, resamples, rng):
 
 
 def permutation_p_values(mu, g, models, resamples, rng, within=False):
-    """Two-sided p-values of tau, or of tau_within, (m,); mu (m, n), NaN where missing, g (n,).
+    """Two-sided p-values of tau, or of tau_within, (m,); mu (m, n), NaN where missing, g (n,), ranks.
 
     Whole settings are permuted, all their seeds alike, because the seeds of a setting are no independent evidence; settings
     that lack a seed are left out. The given order is one of the permutations (Davison and Hinkley), so that p is never 0.
@@ -272,7 +275,7 @@ def permutation_p_values(mu, g, models, resamples, rng, within=False):
     order = np.tile(np.arange(len(stratum))[:, None], resamples + 1)  # (settings, 1 + R), the first as given
     for own in (np.flatnonzero(stratum == level) for level in np.unique(stratum)):
         order[own, 1:] = rng.permuted(order[own, 1:], axis=0)
-    permuted = rankdata(g).astype(np.float32).reshape(-1, slots)[order]  # (settings, 1 + R, slots)
+    permuted = g.astype(np.float32).reshape(-1, slots)[order]  # (settings, 1 + R, slots)
     permuted = permuted.swapaxes(1, 2).reshape(len(whole), -1)
     total, count = agreement(mu, permuted, np.ones((len(whole), 1), np.float32), i, j)
     return np.where(count[:, 0] > 0, np.mean(np.abs(total) >= np.abs(total[:, :1]), axis=1), math.nan)
@@ -334,13 +337,12 @@ def compare_with_srr(rows, point, samples):
         rows[srr]["share_first"] = pd.Series(lead(samples["tau"])).dropna().gt(0).mean()
 
 
-def resampled(mu, g, models, i, j, groups, val_losses, resamples, rng):
-    """The bootstrap's {statistic: (m, R)}, and {"p_value": (m,), "p_within": (m,)}, the second where there are strata."""
+def resampled(mu, g, gaps, models, i, j, groups, resamples, rng):
+    """The bootstrap's {statistic: (m, R)} with gaps (n, R) or (n, 1), and {"p_value": (m,), "p_within": (m,) if strata}."""
     stratum = models.stratum[np.unique(models.setting, return_index=True)[1]]  # of each setting
     of_all = {key: groups[key] for key in groups if key == "tau" or key.startswith("psi_")}
     inside = {key: groups[key] for key in ("tau_within", "tau_between") if key in groups}
     drawn = draw(np.zeros_like(stratum), resamples, rng)[models.setting]
-    gaps = g[:, None] if val_losses is None else draw_images(g, val_losses, resamples, rng)
     samples = averages(mu, gaps, drawn, i, j, of_all)
     p = {"p_value": permutation_p_values(mu, g, models, resamples, rng)}
     if inside:
@@ -349,13 +351,13 @@ def resampled(mu, g, models, i, j, groups, val_losses, resamples, rng):
     return {key: mean_of_finite(values) for key, values in samples.items()}, p
 
 
-def finite(table, measures, seed):
-    """The measures (m, n), NaN where one is missing or infinite, or where it has fewer than 3 models of a seed (n,)."""
+def ranked(table, measures, seed):
+    """The measures (m, n) as ranks, NaN where they aren't finite, and where a seed (n,) has fewer than 3 models that are."""
     mu = np.stack([numbers(table, name) for name in measures])
     mu[~np.isfinite(mu)] = math.nan
     for own in (seed == one for one in np.unique(seed)):
         mu[np.ix_(np.isfinite(mu[:, own]).sum(axis=1) < 3, own)] = math.nan
-    return mu
+    return rankdata(mu, axis=1, nan_policy="omit")
 
 
 def correlate(
@@ -385,18 +387,20 @@ def correlate(
     if np.bincount(models.seed, minlength=1).max() < 3:
         where = f", fewer than 3 in every {seed_column}" if len(g) > 2 else ""
         raise ValueError(f"gap {gap}: {len(g)} models{where}; rank statistics need 3 or more")
-    mu = finite(table, measures, models.seed)
-    if val_losses is not None:
-        val_losses = np.asarray(val_losses, float)[kept]
+    mu = ranked(table, measures, models.seed)
 
     i, j = all_pairs(models)
-    note = ""
+    note, generator = "", np.random.default_rng(rng)
     if len(i) * resamples > MOST_WORK:
         resamples, note = 0, "intervals and p-values left out: too many pairs; ask for fewer resamples"
+    gaps = rankdata(g)[:, None]
+    if val_losses is not None:
+        gaps = draw_images(g, np.asarray(val_losses, float)[kept], resamples, generator.spawn(1)[0])
+    g = rankdata(g)
     groups = pair_groups(models, i, j, hyperparameters, pd.unique(np.array(levels(table[strata]))) if strata else ())
     by_seed = averages(mu, g[:, None], np.ones((len(g), 1)), i, j, groups)
     point = {statistic: mean_of_finite(values) for statistic, values in by_seed.items()}  # (m, 1)
-    samples, p = resampled(mu, g, models, i, j, groups, val_losses, resamples, np.random.default_rng(rng))
+    samples, p = resampled(mu, g, gaps, models, i, j, groups, resamples, generator)
     p["p_holm"] = holm(p["p_value"])
 
     psi = [f"psi_{axis}" for axis in hyperparameters]

@@ -248,23 +248,29 @@ def begin(config, folder):
     return data, model, optimizer, scaler, state
 
 
-def finish(config, folder, data, model, state):
-    """Evaluate the trained model, write val_losses.npy and result.json and return what this one says."""
+def evaluate_both(model, data):
+    """Losses, accuracies and gaps of a trained model, a dict, and the loss of each validation image, (n,) float32."""
     train_losses, train_accuracy = evaluate(model, data, data.train_images, data.train_labels)
     val_losses, val_accuracy = evaluate(model, data, data.val_images, data.val_labels)
     train_loss, val_loss = train_losses.mean().item(), val_losses.mean().item()
+    result = {"train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
+    result |= {"gap": val_loss - train_loss, "gap_accuracy": train_accuracy - val_accuracy}
+    return result, val_losses.float().cpu().numpy()
+
+
+def finish(config, folder, data, model, state):
+    """Evaluate the trained model, write val_losses.npy and result.json and return what this one says."""
+    evaluated, val_losses = evaluate_both(model, data)
     measures = [row["train_srr"] for row in state["rows"] if "train_srr" in row]
     result = {
         "reached_target": None if config["stop_at_loss"] is None else state["checked_loss"] < config["stop_at_loss"],
-        "epochs": state["epoch"], "steps": state["step"],
-        "train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy,
-        "gap": val_loss - train_loss, "gap_accuracy": train_accuracy - val_accuracy,
+        "epochs": state["epoch"], "steps": state["step"], **evaluated,
         "train_srr": [measures[0], measures[-1]] if measures else None,  # of the first and the last epoch
         "seconds": round(sum(row["seconds"] for row in state["rows"]), 3), "config_checksum": checksum(config),
     }  # fmt: skip
     if ranks()[0] == 0:
         array = io.BytesIO()
-        np.save(array, val_losses.float().cpu().numpy())
+        np.save(array, val_losses)
         write_bytes(folder / "val_losses.npy", array.getvalue())
         write_json(folder / "result.json", result)
     return result

@@ -155,10 +155,8 @@ def test_processes_share_a_sweep(tmp_path, whole, faults):
     expected, _ = whole(*flags)
     scripts = [Train(tmp_path, *flags, output=tmp_path / f"text{i}") for i in range(3)]
     codes, texts = zip(*(script.wait() for script in scripts))
-    trained = [[line.split(":")[0] for line in text.splitlines() if "6 epochs, train loss" in line] for text in texts]
-    assert codes == (0, 0, 0) and sum(map(bool, trained)) > 1, texts  # by more than one process
-    assert sorted(sum(trained, [])) == sorted(expected)  # each once
-    assert outcome(tmp_path) == expected
+    assert codes == (0, 0, 0) and sum("train loss" in text for text in texts) > 1, texts
+    assert outcome(tmp_path) == expected  # had two trained a run, its log would have rows twice
     faults("three processes on one sweep", 1, "each run is trained once; the same results")
 
 
