@@ -22,7 +22,6 @@ from crate import statistics
 from crate.cli import InputError, Parser, number, output_folder, run
 
 FILES = "correlation.csv correlation.md reliability.csv scatter.png forest.png srr.png within_between.png".split()
-EARLIER = "heatmap.png heatmap.pdf scatter.pdf forest.pdf".split()  # of earlier versions
 
 
 def parse_arguments():
@@ -76,28 +75,26 @@ def read_table(path):
 
 def check_columns(arguments, columns):
     """Fill in the default seed column and strata. Raises InputError at a column that isn't there, or can't play its part."""
-    for flag, names in {
-        "--hyperparameters": arguments.hyperparameters, "--gap": [arguments.gap], "--measures": arguments.measures or [],
-        "--seed-column": [arguments.seed_column], "--by": [arguments.by], "--strata": [arguments.strata],
-    }.items():  # fmt: skip
-        for name in names:
-            if name not in (*columns, None) and (name != "none" or flag not in ("--seed-column", "--strata")):
-                raise InputError(f"{flag} {name}: no such column; the table has {', '.join(columns)}")
-            if names.count(name) > 1:
-                raise InputError(f"{flag}: {name} is named twice; name it once")
     axes = [*arguments.hyperparameters, arguments.by]
-    for flag, name in (("--gap", arguments.gap), ("--seed-column", arguments.seed_column)):
-        if name and name in axes:
-            raise InputError(f"{flag} {name}: it is also a hyperparameter; it can't be both")
-    if arguments.hyperparameters == [arguments.by]:
-        raise InputError(f"--by {arguments.by}: it is the only hyperparameter; name another with --hyperparameters")
     if arguments.seed_column is None and "seed" in columns and "seed" not in axes:
         arguments.seed_column = "seed"
     if arguments.strata is None and "model" in axes:
         arguments.strata = "model"
-    for flag in ("seed_column", "strata"):
-        if getattr(arguments, flag) == "none":
-            setattr(arguments, flag, None)
+    for argument in ("seed_column", "strata"):
+        if getattr(arguments, argument) == "none":
+            setattr(arguments, argument, None)
+    for argument in ("hyperparameters", "gap", "measures", "seed_column", "by", "strata"):
+        names, flag = getattr(arguments, argument) or [], f"--{argument.replace('_', '-')}"
+        names = [names] if isinstance(names, str) else names
+        for name in names:
+            if name not in columns:
+                raise InputError(f"{flag} {name}: no such column; the table has {', '.join(columns)}")
+            if names.count(name) > 1:
+                raise InputError(f"{flag}: {name} is named twice; name it once")
+            if argument in ("gap", "seed_column") and name in axes:
+                raise InputError(f"{flag} {name}: it is also a hyperparameter; it can't be both")
+    if arguments.hyperparameters == [arguments.by]:
+        raise InputError(f"--by {arguments.by}: it is the only hyperparameter; name another with --hyperparameters")
 
 
 def default_measures(table, arguments):
@@ -130,11 +127,9 @@ def read_losses(path, table):
     """The validation losses (rows, images) of the table's runs, a DataFrame with the table's index."""
     try:
         with np.load(path) as file:
-            losses = pd.DataFrame(file["losses"].astype(float), file["run"].astype(str)).dropna()
+            losses = pd.DataFrame(file["losses"].astype(float), file["run"].astype(str))
     except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"--val-losses {path}: not an .npz file with arrays run (names) and losses (runs, images): {error}")
-    if losses.shape[1] < 2:
-        raise InputError(f"--val-losses {path}: losses of one image or none; expected (runs, images)")
     if "run" not in table:
         raise InputError("--val-losses: the table has no column run, which tells whose losses they are")
     losses = losses[~losses.index.duplicated(keep=False) & np.isfinite(losses).all(axis=1)]
@@ -145,7 +140,7 @@ def read_losses(path, table):
 
 
 def analyse(table, axes, measures, losses, arguments):
-    """Everything that is written for the rows of `table`, a dict; nothing is written yet."""
+    """(table, axes, strata, rows, reliability of the gap) of the rows of `table`; nothing is written yet."""
     strata, noise = arguments.strata, None
     if strata and table[strata].nunique() < 2:
         strata = None
@@ -164,7 +159,7 @@ def analyse(table, axes, measures, losses, arguments):
     if not any(math.isfinite(row["tau"]) for row in rows):
         raise InputError("--measures: none is finite for 3 models or more")
     rows.sort(key=lambda row: -row["tau"] if math.isfinite(row["tau"]) else math.inf)
-    return {"table": table, "axes": axes, "strata": strata, "rows": rows, "noise": noise}
+    return table, axes, strata, rows, noise
 
 
 def value(row, column, form="+.3f"):
@@ -187,42 +182,40 @@ def markdown(table, axes, strata, rows, gap):
         lines.append([row["measure"], *numbers, str(row["models"]), row["note"]])
     text = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
-    resamples, seeds = rows[0]["resamples"], max(row["seeds"] for row in rows)
-    notes = [f"Kendall's tau with `{gap}`; under each hyperparameter the granulated psi, Psi their mean."]
-    notes += [f"In brackets 95 % intervals, {resamples} bootstrap resamples of the models; p: as many permutations, two-sided."]
+    seeds = max(row["seeds"] for row in rows)
+    text += f"\nKendall's tau with `{gap}`; under each hyperparameter the granulated psi, Psi their mean. In brackets 95 %\n"
+    text += f"intervals, {rows[0]['resamples']} bootstrap resamples of the models; p: as many permutations, two-sided.\n"
     if seeds > 1:
-        notes += [f"All are means over {seeds} seeds."]
+        text += f"All are means over {seeds} seeds.\n"
     if strata:
         levels = table[strata].nunique()
-        notes += [f"Intervals and p are about these {levels} levels of `{strata}`. For new ones the level is the unit, and no"]
-        notes += [f"permutation of {levels} levels gives a p below 1/{math.factorial(levels)}."]
+        text += f"Intervals and p are about these {levels} levels of `{strata}`. For new ones the level is the unit, and no\n"
+        text += f"permutation of {levels} levels gives a p below 1/{math.factorial(levels)}.\n"
     for row in rows:
         if math.isfinite(row.get("share_first", math.nan)):
-            notes += [f"tau of srr minus that of its closest rival, {row['lead_rival']}: {value(row, 'lead')}. The rival is"]
-            notes += [f"chosen anew in every resample; srr is above all rivals in {row['share_first']:.0%} of them."]
-    return text + "\n" + "\n".join(notes) + "\n"
+            text += f"tau of srr minus that of its closest rival, {row['lead_rival']}: {value(row, 'lead')}. The rival is\n"
+            text += f"chosen anew in every resample; srr is above all rivals in {row['share_first']:.0%} of them.\n"
+    return text
 
 
 def csv_text(rows):
     return pd.DataFrame(rows).to_csv(index=False, na_rep="nan", lineterminator="\n")
 
 
-def write(folder, result, arguments):
+def write(folder, table, axes, strata, rows, noise, gap):
     """Write and draw what `analyse` found, and say it in one line."""
     from crate import figures  # both take a second to import
     from crate.files import write_text
 
-    table, strata, rows, noise = (result[key] for key in ("table", "strata", "rows", "noise"))
-    gap, best = arguments.gap, rows[0]
+    best = rows[0]
     write_text(folder / "correlation.csv", csv_text(rows))
-    write_text(folder / "correlation.md", markdown(table, result["axes"], strata, rows, gap))
+    write_text(folder / "correlation.md", markdown(table, axes, strata, rows, gap))
     line = f"{folder}: {len(table)} models, {len(rows)} measures, {best['resamples']} resamples; "
     line += f"highest tau: {best['measure']} {value(best, 'tau')}"
     if noise:
         write_text(folder / "reliability.csv", csv_text({"run": table["run"], "gap": table[gap]} | noise))
         line += f"; reliability of the gap {noise['reliability']:.3f}"
-    if noise and strata:
-        line += f", within {strata} {noise['reliability_within']:.3f}"
+        line += f", within {strata} {noise['reliability_within']:.3f}" if strata else ""
     if best["note"]:
         line += f"; {best['note']}"
     print(line)
@@ -247,7 +240,7 @@ def write(folder, result, arguments):
 def remove_earlier(out):
     """Remove what an earlier correlate.py left in `out` and in its folders COLUMN=VALUE, and nothing else."""
     for folder in (out, *(path.parent for path in out.glob("*=*/correlation.csv"))):
-        for name in FILES + EARLIER:
+        for name in FILES:
             (folder / name).unlink(missing_ok=True)
         if folder != out and not any(folder.iterdir()):
             folder.rmdir()
@@ -294,7 +287,7 @@ def main():
     remove_earlier(out)
     for folder, result in results.items():
         output_folder(folder)
-        write(folder, result, arguments)
+        write(folder, *result, gap)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,10 @@ def verdict(low, high, side):
 def mean_interval(values, confidence=0.95):
     """The mean of one value per seed, and its t interval; NaN bounds where there are fewer than two values or all are equal."""
     values = np.asarray(values, float)
-    if len(values) == 0:
-        return math.nan, math.nan, math.nan
-    if np.ptp(values) <= ROUNDING * np.abs(values).max():
-        return values.mean(), math.nan, math.nan
-    return values.mean(), *ttest_1samp(values, 0).confidence_interval(confidence)
+    mean = values.mean() if len(values) else math.nan
+    if len(values) == 0 or np.ptp(values) <= ROUNDING * np.abs(values).max():
+        return mean, math.nan, math.nan
+    return mean, *ttest_1samp(values, 0).confidence_interval(confidence)
 
 
 def claim(section, text, side, number, low, high, n, of, *, p_value=math.nan, note=""):
@@ -106,10 +105,8 @@ def course_claims(layers, which):
 
 
 def operator_changes(operators):
-    """What each operator changes in R^c, mean over layers: columns `after` (raw) and `after_equal_norm`, index (model,
-    point, seed). An operator is named by the point behind it (crate.srr.operator_rates).
-
-    operators: rows {model, seed, layer, point, ..} of one epoch, the points in the order in which tokens pass them.
+    """What each operator, named by the point behind it, changes in R^c, mean over layers: columns NORMS, index (model, point,
+    seed). operators: rows {model, seed, layer, point, ..} of one epoch, the points in the order in which tokens pass them.
     """
     before = operators.groupby(["model", "seed", "layer"])["rate_subspaces"].shift()
     rates = operators[["rate_subspaces", "rate_subspaces_equal_norm"]].set_axis([*NORMS], axis=1)
@@ -119,18 +116,19 @@ def operator_changes(operators):
 
 def operator_claims(changes, which):
     """What compresses in trained models (Section 4.3), from `operator_changes`."""
-    return [
-        over_seeds("4.3", f"Trained {model}: {text}{words}{which}", side, changes.loc[changes.index.isin([model], 0)
-                   & changes.index.isin([point], 1), norm], margin=margin)
-        for text, side, point, models in (
-            ("the attention step raises R^c, mean over layers", +1, "compressed", ("crate-c", "crate-t", "crate")),
-            ("its negated step lowers R^c, mean over layers", -1, "compressed", ("crate-n",)),
-            ("ISTA with its ReLU lowers R^c (conjecture), mean over layers", -1, "output", MAIN),
-            ("beyond the paper, its exact step lowers R^c, mean over layers", -1, "compressed", ("crate-e",)),
-        )
-        for model in models
-        for norm, (words, margin) in NORMS.items()
-    ]  # fmt: skip
+    rows = []
+    for text, side, point, models in (
+        ("the attention step raises R^c", +1, "compressed", ("crate-c", "crate-t", "crate")),
+        ("its negated step lowers R^c", -1, "compressed", ("crate-n",)),
+        ("ISTA with its ReLU lowers R^c (conjecture)", -1, "output", MAIN),
+        ("beyond the paper, its exact step lowers R^c", -1, "compressed", ("crate-e",)),
+    ):
+        for model in models:
+            own = changes.query("model == @model and point == @point")
+            for norm, (words, margin) in NORMS.items():
+                claimed = f"Trained {model}: {text}, mean over layers{words}{which}"
+                rows.append(over_seeds("4.3", claimed, side, own[norm], margin=margin))
+    return rows
 
 
 NORM_MEASURES = [f"log_{what}_of_{norm}" for what in ("prod", "sum") for norm in ("fro", "spec")]
@@ -233,12 +231,12 @@ def in_depth(layers):
 def layer_choice_claims(by_layer):
     """Which layer's SRR (Table 6)? by_layer: accuracies in %, index (--srr-layer, seed), a column per eta."""
     rows, fixed = [], [layer for layer in in_depth(by_layer.index.unique(0)) if layer not in ("all", "random")]
-    for eta, values in by_layer.items() if len(fixed) > 1 else ():
-        half, layers = len(fixed) // 2, values.unstack(0).reindex(columns=[*fixed, "random"])
+    half = len(fixed) // 2
+    for eta, values in by_layer.items():
+        layers, note = values.unstack(0).reindex(columns=[*fixed, "random"]), f"eta = {eta:g}"
         every, shallow, deep = (layers[part].mean(axis=1, skipna=False) for part in (fixed, fixed[:half], fixed[-half:]))
-        for text, difference in (
-            ("A fixed layer is better than a random one: mean over layers minus random, points", every - layers["random"]),
-            ("Shallower layers gain more: first half of the layers minus second half, points", shallow - deep),
-        ):
-            rows.append(over_seeds("6", text, +1, difference, note=f"eta = {eta:g}"))
+        text = "A fixed layer is better than a random one: mean over layers minus random, points"
+        rows.append(over_seeds("6", text, +1, every - layers["random"], note=note))
+        text = "Shallower layers gain more: first half of the layers minus second half, points"
+        rows.append(over_seeds("6", text, +1, shallow - deep, note=note))
     return rows

@@ -18,7 +18,6 @@ COLOURS = {
     "crate-fix": "#E69F00", "crate-identity": "#56B4E9", "crate-e": "#000000", "vit": "#F0E442",
 }  # fmt: skip
 GREY = "#555555"
-MOST_BYTES = 200_000  # of a PNG in all its colours
 
 
 def canvas(rows=1, columns=1, width=4.2, height=3.2, **settings):
@@ -28,7 +27,7 @@ def canvas(rows=1, columns=1, width=4.2, height=3.2, **settings):
 
 
 def grid(panels, columns, **settings):
-    """A canvas of that many panels, row by row, and the list of their axes."""
+    """A canvas of that many panels, row by row, and their axes."""
     figure, axes = canvas(math.ceil(panels / columns), columns, squeeze=False, **settings)
     for axis in axes.flat[panels:]:
         axis.remove()
@@ -41,21 +40,19 @@ def in_order(names):
 
 
 def save(figure, path):
-    """Write the figure as PNG to `path`, whose folder is made if need be."""
+    """Write the figure as PNG to `path`, whose folder is made if need be; a large one in 256 colours, a third of the size."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     buffer = BytesIO()
     figure.savefig(buffer, dpi=120)
-    if buffer.tell() < MOST_BYTES:
+    if buffer.tell() < 200_000:
         Path(path).write_bytes(buffer.getvalue())
-    else:  # in 256 colours it is a third of the size
+    else:
         Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)
 
 
 def rates_by_layer(rates, titles, path):
-    """R^c before and after every compression step and after it at equal norm, mean over seeds with the range shaded, a panel
-    per rule of `titles`, {rule: title} (Figs. 1a, 5).
-
-    rates: rows of crate.compression.compress. The layer at which a seed has overflowed is marked, and nothing drawn from there.
+    """R^c before and after every compression step, mean over seeds with the range shaded, up to where a seed overflows
+    (Figs. 1a, 5). rates: rows of crate.compression.compress; titles: {rule: title}, a panel each.
     """
     figure, axes = grid(len(titles), min(len(titles), 3), sharex=True)
     shown = {"before": ("before the step", GREY, "o-", 5), "after": ("after the step", COLOURS["crate-n"], "s-", 4)}
@@ -71,8 +68,8 @@ def rates_by_layer(rates, titles, path):
         if math.isfinite(overflow):
             axis.set_yscale("log" if len(drawn) else "linear")
             axis.axvline(overflow, color=GREY, linestyle=":")
-            axis.annotate(f"overflow at layer {overflow}", (overflow, 0.5), xycoords=("data", "axes fraction"), rotation=90,
-                          xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)  # fmt: skip
+            place = dict(xytext=(4, 0), textcoords="offset points", rotation=90, va="center", fontsize=8)
+            axis.annotate(f"overflow at layer {overflow}", (overflow, 0.5), xycoords=("data", "axes fraction"), **place)
         axis.set(title=title, xlabel="layer", ylabel="$R^c$ (nats)", xlim=(0.5, rates["layer"].max() + 0.5))
         axis.tick_params(labelbottom=True)
     axes[0].legend(frameon=False, fontsize=8)
@@ -93,8 +90,7 @@ def log_curves(curves, path):
 def by_layer(curves, path, *, label, colours=None, columns=2):
     """Lines over the layers with a shaded interval, in panels (Figs. 2, 3); no file without curves.
 
-    curves: rows {panel, line, layer, mean, low, high}; colours: {line: colour}, else from dark to light in the order of the
-    rows. The panels of a row share the vertical axis.
+    curves: rows {panel, line, layer, mean, low, high}; colours: {line: colour}, else from dark to light.
     """
     if curves.empty:
         return
@@ -115,9 +111,7 @@ def by_layer(curves, path, *, label, colours=None, columns=2):
 
 
 def intervention(runs, slopes, path):
-    """The gap against SRR along eta, a line per seed, a panel per model. runs: {model, seed, srr_reg, srr, gap}; slopes: their
-    text, {model: str}.
-    """
+    """The gap against SRR along eta, a line per seed. runs: {model, seed, srr_reg, srr, gap}; slopes: {model: text}."""
     figure, axes = grid(len(slopes), min(len(slopes), 2))
     colours = in_order(sorted(runs["srr_reg"].unique()))
     for axis, (model, slope) in zip(axes, slopes.items()):
@@ -134,35 +128,16 @@ def intervention(runs, slopes, path):
 
 
 def short(name):
-    """A column's name, cut to what fits beside a panel."""
-    return name if len(name) <= 40 else name[:39] + "…"
-
-
-def by_level(levels):
-    """{level: colour}: model types have their own, other levels go from dark to light."""
-    others = sorted(set(levels) - set(COLOURS), key=_number_first)
-    return {name: colour for name, colour in COLOURS.items() if name in levels} | in_order(others)
-
-
-def _number_first(level):
-    try:
-        return (0, float(level), level)
-    except ValueError:
-        return (1, 0.0, level)
-
-
-def drawable(values):
-    """Values as floats that matplotlib can draw: it overflows beyond 1e100. NaN where one isn't finite."""
-    values = np.asarray(values, float)
-    values = np.where(np.isfinite(values), np.clip(values, -1e100, 1e100), math.nan)
-    return np.where(np.abs(values) < 1e-100, 0, values)
+    """A column's name, cut to what fits beside a panel. Its `$` is a `$`, not a formula."""
+    return (name if len(name) <= 40 else name[:39] + "…").replace("$", r"\$")
 
 
 def points(axis, x, y, levels, size):
-    """Points in the colours of their levels; x, y and levels are arrays (models,)."""
-    for level, colour in by_level(levels).items():
+    """Points in the colours of their levels: model types have their own. x, y and levels are arrays (models,)."""
+    for level, colour in (COLOURS | in_order(sorted(set(levels) - set(COLOURS)))).items():
         own = levels == level
-        axis.scatter(x[own], y[own], s=size, color=colour, alpha=0.8, linewidths=0, label=level)
+        if own.any():
+            axis.scatter(x[own], y[own], s=size, color=colour, alpha=0.8, linewidths=0, label=level)
 
 
 def legend_above(figure, axis, title, columns):
@@ -172,60 +147,50 @@ def legend_above(figure, axis, title, columns):
         return
     place = dict(loc="outside upper center", ncols=min(len(labels), columns), fontsize=8, title_fontsize=8, frameon=False)
     legend = figure.legend(handles, map(short, labels), title=short(title), **place)
-    for text in (*legend.get_texts(), legend.get_title()):
-        text.set_parse_math(False)
     for handle in legend.legend_handles:
         handle.set_sizes([25])
 
 
 def scatter(panels, gap, levels, path, *, gap_name, legend=None):
-    """The gap against every measure, a small panel each (Figs. 4, 6).
+    """The gap against every measure, a small panel each (Figs. 4, 6); a measure over more than two decades on a log axis.
 
     panels: {measure: (title, values (models,))}; gap (models,); levels: each model's level of the hyperparameter `legend`, or
-    one and the same. A measure that is positive and spans more than a factor of 100 gets a logarithmic axis. Where there are
-    more than 5,000 points in all, every second, third, .. model is drawn. A `$` in a name is a `$`, not a formula.
+    one and the same.
     """
     columns = min(6, math.ceil(len(panels) ** 0.5))
     figure, axes = grid(len(panels), columns, width=2.3, height=2.0, sharey=True)
-    some = slice(None, None, math.ceil(len(gap) * len(panels) / 5_000))
-    gap, levels = drawable(gap)[some], np.asarray(levels)[some]
+    gap, levels = np.asarray(gap, float), np.asarray(levels)
     for axis, (name, (title, values)) in zip(axes, panels.items()):
-        values = drawable(values)[some]
-        finite = values[np.isfinite(values)]
-        if len(finite) and finite.min() > 0 and finite.max() > 100 * finite.min():
+        values = np.where(np.isfinite(values), values, math.nan)
+        if np.nanmin(values) > 0 and np.nanmax(values) > 100 * np.nanmin(values):
             axis.set_xscale("log")
         else:
             axis.locator_params(axis="x", nbins=4)
         points(axis, values, gap, levels, max(1.0, min(14.0, 3000 / len(gap))))
-        axis.set_title(title, fontsize=9, parse_math=False)
-        axis.set_xlabel(short(name), fontsize=8 if len(name) < 24 else 6.5, parse_math=False)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel(short(name), fontsize=8 if len(name) < 24 else 6.5)
         axis.tick_params(labelsize=7)
         axis.xaxis.get_offset_text().set_size(7)
-    figure.supylabel(short(gap_name), fontsize=9, parse_math=False)
+    figure.supylabel(short(gap_name), fontsize=9)
     if legend:
         legend_above(figure, axes[0], legend, 2 * columns)
     save(figure, path)
 
 
 def srr_scatter(srr, gap, levels, path, *, gap_name, legend=None):
-    """SRR against the gap, as in Fig. 4, and beside it both minus their level's mean, where there are levels.
-
-    srr, gap, levels: (models,); levels: each model's level of the hyperparameter `legend`.
-    """
+    """SRR against the gap, as in Fig. 4, and beside it, where `legend` is named, both minus their level's mean."""
     finite = np.isfinite(srr)
-    srr, gap, levels = drawable(srr)[finite], drawable(gap)[finite], np.asarray(levels)[finite]
+    srr, gap, levels = (np.asarray(values)[finite] for values in (srr, gap, levels))
     figure, axes = grid(2 if legend else 1, 2, width=4.2, height=3.6)
     size = max(3.0, min(24.0, 5000 / len(gap)))
     points(axes[0], srr, gap, levels, size)
-    axes[0].set_xlabel("SRR")
-    axes[0].set_ylabel(short(gap_name), parse_math=False)
+    axes[0].set(xlabel="SRR", ylabel=short(gap_name))
     if legend:
         inside = np.zeros((2, len(gap)))
         for own in (levels == level for level in set(levels)):
             inside[:, own] = srr[own] - srr[own].mean(), gap[own] - gap[own].mean()
         points(axes[1], *inside, levels, size)
-        axes[1].set_xlabel(f"SRR, minus its mean in each {short(legend)}", parse_math=False)
-        axes[1].set_ylabel(f"{short(gap_name)}, minus its mean", parse_math=False)
+        axes[1].set(xlabel=f"SRR, minus its mean in each {short(legend)}", ylabel=f"{short(gap_name)}, minus its mean")
         legend_above(figure, axes[0], legend, 6)
     save(figure, path)
 
@@ -246,7 +211,7 @@ def lines(axis, names, label, limits):
     axis.axvline(0, color=GREY, linewidth=0.8)
     axis.set(xlim=limits, ylim=(len(names) - 0.4, -0.6))
     axis.set_xlabel(label, parse_math=False)
-    axis.set_yticks(range(len(names)), [short(name) for name in names], fontsize=8, parse_math=False)
+    axis.set_yticks(range(len(names)), [short(name) for name in names], fontsize=8)
     axis.grid(axis="x", alpha=0.3)
 
 

@@ -74,7 +74,7 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file")
     if not stream.getbuffer().nbytes:
-        raise InputError(f"{path}: is empty, no checkpoint")
+        raise InputError(f"{path}: is empty, not a checkpoint of torch")
     try:
         if zipfile.is_zipfile(stream) and zipfile.ZipFile(stream).testzip():
             raise zipfile.BadZipFile

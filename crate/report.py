@@ -33,7 +33,7 @@ COLUMNS = {  # that the report needs of a table
     "correlation": "measure models tau tau_low tau_high p_value",
     "claims": "section claim note claimed number low high verdict",
 }
-FIGURES = ("fig_2*.png", "layers.png", "intervention.png")  # that it draws
+CLAIM = {"section": "section", "claim": "claim: the number that decides it", "claimed": "claimed"}  # as headed in the report
 SRR = r"SRR measure, $\lambda ||Z||_0 + R^c - R$"
 OPERATORS = {"compressed": "attention step", "normalised": "LayerNorm", "output": "ISTA (vit: MLP)"}
 
@@ -67,20 +67,16 @@ def rows_of(folder):
     row["max_epochs"] = row["epochs"]  # the result's epochs are those that it took
     row |= {key: value for key, value in result.items() if not isinstance(value, (str, list))}
     row |= {"torch": config["versions"]["torch"], "processor": "{processor}, {cores} cores".format(**config["versions"])}
-
-    def logged(epoch, key):
-        return [] if epoch.get(key) is None else epoch[key]
-
-    row["srr"] = pd.Series([parts["srr"] for parts in logged(log[-1], "srr")], dtype=float).mean()  # Eq. 11, at the end
+    row["srr"] = pd.Series([parts["srr"] for parts in log[-1].get("srr") or []], dtype=float).mean()  # Eq. 11, at the end
     tables = {"runs": [row], "layers": [], "operators": []}
     if config["srr_reg"] or not folder.parent.name.startswith(("table2", "table3", "layers")):
         return tables
     for epoch in log:
         here = where | {"epoch": epoch["epoch"]}
         for images, key in (("train", "srr"), ("val", "srr_val")):
-            for layer, parts in enumerate(logged(epoch, key), start=1):
+            for layer, parts in enumerate(epoch.get(key) or [], start=1):
                 tables["layers"].append(here | {"images": images, "layer": layer} | parts)
-        for layer, points in enumerate(logged(epoch, "operators"), start=1):
+        for layer, points in enumerate(epoch.get("operators") or [], start=1):
             tables["operators"] += [here | {"layer": layer, "point": point} | parts for point, parts in points.items()]
     return tables
 
@@ -112,10 +108,7 @@ def read_table(file):
     columns = COLUMNS[file.stem].split()
     if not file.exists():
         return pd.DataFrame(columns=columns)
-    try:
-        table = pd.read_csv(file, dtype=dict.fromkeys(("srr_layer", "commit", "section", "note"), str))
-    except ValueError as error:
-        raise InputError(f"{file}: not a table ({error})")
+    table = pd.read_csv(file, dtype=dict.fromkeys(("srr_layer", "commit", "section", "note"), str))
     missing = [column for column in columns if column not in table]
     if missing:
         raise InputError(f"{file}: has no column {', '.join(missing)}; make it anew")
@@ -172,12 +165,12 @@ def attention_table(rates):
 def attention_section(results):
     """Section 4.1: (claims, Markdown)."""
     rates = read_table(results / "attention_only/rates.csv")
-    return claims.attention_claims(rates), section(
-        "Does a compression step lower R^c? (Section 4.1)", PAPER["4.1"], attention_table(rates) if len(rates) else "",
-        image(results, "attention_only/fig_1a.png", "R^c around CRATE-C's attention step, by layer (Fig. 1a)"),
-        image(results, "attention_only/fig_1b.png", "The logarithm and its expansions (Fig. 1b)"),
-        image(results, "attention_only/fig_5.png", "R^c around each update, by layer (Fig. 5, and CRATE-N)"),
-    )  # fmt: skip
+    parts = [attention_table(rates) if len(rates) else ""]
+    parts.append(image(results, "attention_only/fig_1a.png", "R^c around CRATE-C's attention step, by layer (Fig. 1a)"))
+    parts.append(image(results, "attention_only/fig_1b.png", "The logarithm and its expansions (Fig. 1b)"))
+    parts.append(image(results, "attention_only/fig_5.png", "R^c around each update, by layer (Fig. 5, and CRATE-N)"))
+    text = section("Does a compression step lower R^c? (Section 4.1)", PAPER["4.1"], *parts)
+    return claims.attention_claims(rates), text
 
 
 def data_sets(runs):
@@ -209,7 +202,7 @@ def layers_section(results, runs):
     if len(start):
         found += claims.initial_claims(start, "{size}, {experiment}".format(**start.iloc[0]))
     for experiment, (which, together) in data_sets(runs).items():
-        own = layers[(layers["experiment"] == experiment) & layers["model"].isin(claims.MAIN)]
+        own = layers.query("experiment == @experiment and model in @claims.MAIN")
         train, val = own.query("images == 'train'"), own.query("images == 'val'")
         name = "fig_2" + experiment.removeprefix("table2")
         draw(name, f"SRR of every layer's output on training images{which} (Figs. 2, 3)", train, "model", "when", label=SRR)
@@ -219,7 +212,7 @@ def layers_section(results, runs):
         three = pd.concat(train.assign(part=part + ", " + train["model"], nats=nats) for part, nats in three.items())
         caption = f"The parts of SRR on training images{which}"
         draw(f"{name}_parts", caption, three, "part", "when", "nats", label="nats", columns=train["model"].nunique())
-        trained = operators[operators["experiment"].isin(together)].query("epoch > 0")
+        trained = operators.query("epoch > 0 and experiment in @together")
         changes = claims.operator_changes(trained[trained["epoch"] == trained.groupby(RUN)["epoch"].transform("max")])
         found += claims.course_claims(train, which) + claims.operator_claims(changes, which)
         table = changes.groupby(level=[0, 1], sort=False).agg(spread).rename_axis(["trained model", "operator"])
@@ -239,40 +232,40 @@ def table_4(grid):
     return markdown_table(["", "values"], lines) + (f"\nMissed the target: {', '.join(missed)}\n" if len(missed) else "")
 
 
-def ranks(results, folder, what, wanted, width=""):
-    """What correlate.py left in results/`folder`: (claims, those of the list `wanted`, Markdown)."""
-    found = claims.rank_claims(read_table(results / folder / "correlation.csv"), wanted, what, width)
-    text = results / folder / "correlation.md"
-    captions = {
-        "srr": "The gap against SRR",
-        "within_between": "Kendall's tau within and between model types",
-        "forest": "Kendall's tau of every measure, 95 % bootstrap interval",
-        "scatter": "The gap against every measure (Figs. 4, 6)",
-    }
-    drawn = [image(results, f"{folder}/{name}.png", f"{caption}, {what}") for name, caption in captions.items()]
-    return found, [f"### {what}\n\n{text.read_text()}", *drawn] if text.exists() else []
+def ranks(results, places):
+    """What correlate.py left in `results`: (claims, Markdown). places: (folder, words for it, claims to look for, width)."""
+    found, parts = [], []
+    for folder, what, wanted, width in places:
+        found += claims.rank_claims(read_table(results / folder / "correlation.csv"), wanted, what, width)
+        text = results / folder / "correlation.md"
+        if text.exists():
+            parts.append(f"### {what}\n\n{text.read_text()}")
+        for name, caption in {
+            "srr": "The gap against SRR",
+            "within_between": "Kendall's tau within and between model types",
+            "forest": "Kendall's tau of every measure, 95 % bootstrap interval",
+            "scatter": "The gap against every measure (Figs. 4, 6)",
+        }.items():
+            parts.append(image(results, f"{folder}/{name}.png", f"{caption}, {what}"))
+    return found, parts
 
 
 def complexity_section(results, runs):
     """Section 5, the study and the intervention: (claims, Markdown)."""
-    found, parts = [], []
     widths = sorted(int(folder.name.removeprefix("width=")) for folder in results.glob("correlation/width=*"))
-    of_widths = [(claims.OF_THE_SMALLER_WIDTH, "smaller width")] + [(claims.OF_THE_LARGER_WIDTH, "larger width")] * len(widths)
-    places = [(f"correlation/width={width}", f"d = {width}", *of_width) for width, of_width in zip(widths, of_widths)]
-    of_all = (claims.ACROSS_WIDTHS,) if widths else of_widths[0]
-    places.append(("correlation", "all models", *of_all))
-    for place in places:
-        of_place, text = ranks(results, *place)
-        found, parts = found + of_place, parts + text
+    places = [(f"correlation/width={width}", f"d = {width}", claims.OF_THE_LARGER_WIDTH, "larger width") for width in widths]
+    places.append(("correlation", "all models", claims.ACROSS_WIDTHS, ""))
+    places[0] = (*places[0][:2], claims.OF_THE_SMALLER_WIDTH, "smaller width")  # also where there is only one
+    found, parts = ranks(results, places)
     grid = runs[runs["experiment"] == "grid"]
     text = section("The models of Section 5 (Table 4)", "", table_4(grid) if len(grid) else "")
     text += section("SRR as a complexity measure (Section 5; Tables 1, 5)", PAPER["5"], *parts)
-    of_study, parts = ranks(results, "study_correlation", "random settings", claims.OF_THE_STUDY)
+    of_study, parts = ranks(results, [("study_correlation", "random settings", claims.OF_THE_STUDY, "")])
     text += section("Does SRR rank models of one type? (study)", PAPER["study"], *parts)
     moved = runs_of(runs, ["intervention"], ["model", "seed", "srr_reg"]).dropna(subset=["srr", "gap"])
     if len(moved):
-        slopes = {model: claims.mean_interval(s.dropna()) for model, s in claims.slopes(moved).groupby("model")}
-        slopes = {model: with_interval(*values, ".2g") for model, values in slopes.items()}
+        by_model = claims.slopes(moved).dropna().groupby("model")
+        slopes = {model: with_interval(*claims.mean_interval(values), ".2g") for model, values in by_model}
         figures.intervention(moved, slopes, results / "figures/intervention.png")
     caption = "The gap against SRR where eta alone differs, a line per seed; slope: mean over seeds, 95 % interval"
     drawn = image(results, "figures/intervention.png", caption)
@@ -347,50 +340,39 @@ def claims_table(rows):
     lines = []
     for row in rows:
         p_value = f"{row['p_holm']:.2g}" if np.isfinite(row["p_holm"]) else "-"
-        cells = [*claim_cells(row), f"{row['n']} {row['of']}", p_value, f"**{row['verdict']}**"]
-        lines.append([row["section"], row["claim"], row["claimed"], *cells])
-    header = ("section", "claim: the number that decides it", "claimed", "number", "95 % interval", "n", "p (Holm)", "verdict")
-    return markdown_table(header, lines)
+        about = [row[key] for key in CLAIM]
+        lines.append([*about, *claim_cells(row), f"{row['n']} {row['of']}", p_value, f"**{row['verdict']}**"])
+    return markdown_table([*CLAIM.values(), "number", "95 % interval", "n", "p (Holm)", "verdict"], lines)
 
 
-def side_by_side(of_data):
-    """The claims of several folders, {name: rows}: first what any contradicts or finds without effect, then disagreements."""
-    by_claim = {}
-    for data, rows in of_data.items():
-        for row in rows:
-            by_claim.setdefault((row["section"], row["claim"], row["claimed"]), {})[data] = row
-
-    def rank(item):
-        verdicts = {row["verdict"].split(" (")[0] for row in item[1].values()}
-        return *(word not in verdicts for word in ("contradicted", "no effect")), len(verdicts) == 1, "holds" in verdicts
-
-    def cell(row):
-        return " ".join([*claim_cells(row), f"**{row['verdict']}**"])
-
-    lines = [
-        [*claim, *(cell(rows[data]) if data in rows else "-" for data in of_data)]
-        for claim, rows in sorted(by_claim.items(), key=rank)
-    ]
-    return markdown_table(("section", "claim: the number that decides it", "claimed", *of_data), lines)
-
-
-def compare(folders):
-    """Print the claims of several folders of results side by side. Raises InputError where one has none."""
-    of_data = {folder.name: read_table(folder / "claims.csv").fillna({"note": "", "claimed": ""}) for folder in folders}
-    if len(of_data) < len(folders):
-        raise InputError("--claims: name folders of different names")
-    for folder, table in zip(folders, of_data.values()):
+def side_by_side(folders):
+    """The claims of several folders in Markdown: first what any contradicts or finds without effect, then disagreements."""
+    by_claim = {}  # {claim: {folder: row of its claims.csv}}
+    for folder in folders:
+        table = read_table(folder / "claims.csv").fillna({"note": "", "claimed": ""})
         if table.empty:
             raise InputError(f"--claims {folder}: no claims.csv there; name a folder that --results had")
-    print(side_by_side({name: table.to_dict("records") for name, table in of_data.items()}), end="")
+        for row in table.to_dict("records"):
+            by_claim.setdefault(tuple(row[key] for key in CLAIM), {})[folder] = row
+
+    def rank(claim):
+        verdicts = {row["verdict"].split(" (")[0] for row in by_claim[claim].values()}
+        return "contradicted" not in verdicts, "no effect" not in verdicts, len(verdicts) == 1, "holds" in verdicts
+
+    lines = []
+    for claim in sorted(by_claim, key=rank):
+        cells = {folder: " ".join([*claim_cells(row), f"**{row['verdict']}**"]) for folder, row in by_claim[claim].items()}
+        lines.append([*claim, *(cells.get(folder, "-") for folder in folders)])
+    return markdown_table([*CLAIM.values(), *(folder.name for folder in folders)], lines)
 
 
 def write_report(results):
     """REPORT.md, claims.csv and figures/, from the tables in `results`. Raises InputError where there are none."""
     runs = read_table(results / "runs.csv")
-    of_section_6 = regularisation_section(runs)
-    for figure in [file for pattern in FIGURES for file in results.glob(f"figures/{pattern}")]:
-        figure.unlink()
+    of_section_6 = regularisation_section(runs)  # first: it refuses runs that don't belong together
+    for pattern in ("fig_2*.png", "layers.png", "intervention.png"):  # of an earlier report
+        for figure in results.glob(f"figures/{pattern}"):
+            figure.unlink()
     sections = attention_section(results), layers_section(results, runs), complexity_section(results, runs), of_section_6
     text = sum((parts for _, parts in sections), []) + provenance_section(runs)
     if not text:
@@ -412,17 +394,15 @@ def main():
     add("--results", type=path, metavar="FOLDER", help="of the tables and the report (default: RUNS/results)")
     add("--claims", type=path, nargs="+", metavar="FOLDER", help="print the claims of several such folders side by side")
     arguments = parser.parse_args()
+    runs, results = arguments.runs, arguments.results
+    if bool(runs or results) == bool(arguments.claims):
+        raise InputError("name RUNS, such as runs/laptop, or --results with its tables, or else --claims")
     if arguments.claims:
-        if arguments.runs or arguments.results:
-            raise InputError("--claims: takes neither RUNS nor --results")
-        return compare(arguments.claims)
-    if arguments.runs is None and arguments.results is None:
-        raise InputError("name RUNS, such as runs/laptop, or --results with its tables")
-    results = arguments.results or arguments.runs / "results"
-    if arguments.runs:
-        collect(arguments.runs, results)
-    elif not results.is_dir():
-        raise InputError(f"--results {results}: no such folder; name one, or RUNS to make it from")
+        print(side_by_side(arguments.claims), end="")
+        return
+    results = results or runs / "results"
+    if runs:
+        collect(runs, results)
     write_report(results)
     print(f"written to {results / 'REPORT.md'}")
 

@@ -1,12 +1,9 @@
 """Rank statistics of complexity measures against the generalisation gap (Section 5: Eqs. 12, 13, Tables 1, 5). No torch.
 
-tau, psi, Psi: Eqs. 12, 13. K: Jiang et al. 2019, "Fantastic Generalization Measures and Where to Find Them". Sign errors:
-Dziugaite et al. 2020, "In Search of Robust Measures of Generalization". A *stratum* holds the models of one type, say.
-
-tau and its kin are means of sign(mu_a - mu_b) sign(g_a - g_b) over pairs of models. `pair_groups` says which pairs, `averages`
-takes the means. A bootstrap changes how often each model counts, a permutation changes whose gap is whose.
-
-A *setting* is one combination of hyperparameters, a *model* a setting with a seed. n models, m measures, P pairs, R resamples.
+A *setting* is one combination of hyperparameters, a *model* a setting with a seed, a *stratum* the models of one type, say.
+n models, m measures, P pairs, R resamples. tau, psi, Psi are means of sign(mu_a - mu_b) sign(g_a - g_b) over pairs of models:
+`pair_groups` says which, `averages` takes the means. A bootstrap changes how often each model counts, a permutation changes
+whose gap is whose. K is from Jiang et al. 2019, sign errors from Dziugaite et al. 2020.
 """
 
 import itertools
@@ -18,15 +15,14 @@ import pandas as pd
 from scipy.special import entr
 from scipy.stats import binomtest, kendalltau, rankdata
 
-# What pandas takes for a missing cell, in lower case, and a dash.
-MISSING = set("-|na|n/a|#n/a|#na|#n/a n/a|<na>|none|null|nan|-nan|1.#ind|-1.#ind|1.#qnan|-1.#qnan".split("|")) | {""}
+MISSING = {"", "-", "na", "n/a", "#n/a", "<na>", "none", "null"}  # in lower case; and nan
 MOST_MODELS = 5_000  # the pairs of more don't fit in memory
 MOST_WORK = 1e10  # pairs times resamples: about a minute on one core
 PIECE = 200_000  # numbers at once, so that they stay in the cache
 
 
 class Models(NamedTuple):
-    """What the models are, as codes. Only models of one `seed` make pairs; it is 0 for all where each run has its own."""
+    """What the models are, as codes; only models of one `seed` make pairs."""
 
     levels: np.ndarray  # (n, axes)
     setting: np.ndarray  # (n,)
@@ -47,7 +43,7 @@ def number(cell):
 
 
 def numbers(table, column, argument="measures"):
-    """A column as floats (n,), NaN where missing. Raises ValueError at other text; it names the row by the table's index."""
+    """A column as floats (n,), NaN where missing. Raises ValueError at other text."""
     values = [number(cell) for cell in table[column]]
     if None in values:
         row = table.iloc[values.index(None)]
@@ -57,8 +53,7 @@ def numbers(table, column, argument="measures"):
 
 
 def levels(values, tolerance=1e-6):
-    """The level of each value, as text. Numbers that differ by less than `tolerance`, relatively, are one level: 1e-3,
-    "0.001" and "0.0010000000474974513"."""
+    """The level of each value, as text. Numbers that differ by less than `tolerance`, relatively, are one level."""
     texts = [str(value).strip() for value in values]
     known = {text: number(text) for text in texts}
     level, last = {}, math.nan
@@ -75,26 +70,30 @@ def cells(columns):
 
 
 def arrange(table, hyperparameters, seed_column=None, strata=None):
-    """The Models of a table. Where no two settings share a seed, seeds pair nothing, and all models make pairs.
+    """The Models of a table. Where no two models share a seed, all of them make pairs.
 
     Raises ValueError where a combination occurs twice with one seed, or where a setting lies in several strata.
     """
-    nothing = np.zeros(len(table), int)
-    own = np.stack([pd.factorize(np.array(levels(table[axis])))[0] for axis in hyperparameters], axis=1)
-    seed = pd.factorize(np.array(levels(table[seed_column], 0)))[0] if seed_column else nothing
-    stratum = pd.factorize(np.array(levels(table[strata])))[0] if strata else nothing
-    models = pd.DataFrame({"setting": cells(own), "seed": seed, "stratum": stratum})
+
+    def codes(column, tolerance=1e-6):
+        if column is None:
+            return np.zeros(len(table), int)
+        return pd.factorize(np.array(levels(table[column], tolerance)))[0]
+
+    axes = np.stack([codes(axis) for axis in hyperparameters], axis=1)
+    models = pd.DataFrame({"setting": cells(axes), "seed": codes(seed_column, 0), "stratum": codes(strata)})
     twice = models.duplicated(["setting", "seed"])
     if twice.any():
         row = table.iloc[twice.argmax()]
         named = ", ".join(f"{axis} {row[axis]}" for axis in hyperparameters)
-        cure = f"with {seed_column} {row[seed_column]}" if seed_column else "and no seed column tells the models apart"
-        raise ValueError(f"hyperparameters: the combination {named} occurs twice {cure}")
+        raise ValueError(f"hyperparameters: the combination {named} occurs twice; a seed column can tell models apart")
     if (models.groupby("setting")["stratum"].nunique() > 1).any():
         raise ValueError(f"strata {strata}: models that share all hyperparameters differ in it; name a hyperparameter")
-    if models["seed"].value_counts().max() > 1:
-        return Models(own, models["setting"].to_numpy(), seed, seed, stratum)
-    return Models(own, models["setting"].to_numpy(), nothing, models.groupby("setting").cumcount().to_numpy(), stratum)
+    models["slot"] = models["seed"]
+    if models["seed"].is_unique:
+        models["slot"] = models.groupby("setting").cumcount()
+        models["seed"] = np.zeros(len(table), int)
+    return Models(axes, *(models[name].to_numpy() for name in Models._fields[1:]))
 
 
 def all_pairs(models):
@@ -107,8 +106,7 @@ def all_pairs(models):
 def pair_groups(models, i, j, hyperparameters, strata):
     """Which of the pairs i, j each statistic takes: {statistic: a list of groups for each seed}, a group an index array.
 
-    tau takes all; psi_<axis> those that differ on this axis alone, a group shares all else; tau_within those inside a
-    stratum, tau_between the others, tau_in_<level> those of one stratum. strata: the names of the strata, or none.
+    tau takes all, psi_<axis> those that differ on this axis alone: a group shares all else (Eq. 12).
     """
 
     def split(chosen, group):
@@ -154,8 +152,8 @@ def agreement(mu, gaps, draws, i, j):
 def averages(mu, gaps, draws, i, j, groups):
     """{statistic: (seeds, m, R)}: agreement averaged over the pairs of a group, then over the groups; NaN without pairs.
 
-    Psi is the mean over axes. A resample keeps a two-valued group with probability 0.4, so the spread of psi is that of 0.4 G
-    groups drawn from G without replacement, sqrt(0.6 / 0.4) = 1.2 times the true one: its interval is somewhat wide.
+    Psi is the mean over axes (Eq. 13). A resample keeps a two-valued group with probability 0.4, so the spread of psi is
+    sqrt(0.6 / 0.4) = 1.2 times the true one: its interval is somewhat wide.
     """
     result = {statistic: [] for statistic in groups}
     for statistic, seeds in groups.items():
@@ -167,7 +165,9 @@ def averages(mu, gaps, draws, i, j, groups):
             result[statistic].append(mean / present)
     result = {statistic: np.array(values) for statistic, values in result.items()}
     psi = [values for statistic, values in result.items() if statistic.startswith("psi_")]
-    return result | ({"Psi": mean_of_finite(np.array(psi))} if psi else {})
+    if psi:
+        result["Psi"] = mean_of_finite(np.array(psi))
+    return result
 
 
 @np.errstate(invalid="ignore")
@@ -180,8 +180,8 @@ def mean_of_finite(values):
 def conditional_information(mu, g, levels):
     """K of Jiang et al.: the minimum over S, |S| <= 2, of I(V_mu; V_g | U_S) / H(V_g | U_S); mu, g (n,), levels (n, axes).
 
-    Over ordered pairs that are tied in neither; V are the signs, U_S is both models' levels on S, p(u) by count. An S that
-    leaves V_g no entropy (such as all the axes of a table with two) is passed over. NaN if all are.
+    Over ordered pairs tied in neither; V are the signs, U_S both models' levels on S. An S that leaves V_g no entropy is
+    passed over; NaN if all are.
     """
     i, j = np.nonzero((mu[:, None] != mu) & (g[:, None] != g))
     signs = 2 * (mu[i] > mu[j]) + (g[i] > g[j])
@@ -206,20 +206,21 @@ def sign_errors(agree, i, j, setting, seeds):
 
 def point_statistics(mu, g, models, i, j, groups, hyperparameters):
     """{column: value} of one measure mu (n,), NaN where missing: what needs no resampling and is no mean over pairs."""
+    present = np.isfinite(mu)
     agree = np.sign(mu[i] - mu[j]) * np.sign(g[i] - g[j])
-    seeds = [np.isfinite(mu) & (models.seed == seed) for seed in np.unique(models.seed[np.isfinite(mu)])]
+    seeds = [present & (models.seed == seed) for seed in np.unique(models.seed[present])]
     K = pd.Series([conditional_information(mu[own], g[own], models.levels[own]) for own in seeds], dtype=float)
     tau_b = pd.Series([kendalltau(mu[own], g[own]).statistic for own in seeds], dtype=float)
     row = {"tau_b": tau_b.mean(), "ties": int((agree == 0).sum()), "K": K.mean(), "K_sd": K.std()}
-    row |= {"models": int(np.isfinite(mu).sum()), "seeds": len(seeds), "note": ""}
-    errors = {axis: sign_errors(agree, i, j, models.setting, groups[f"psi_{axis}"]) for axis in hyperparameters}
-    pooled = np.concatenate(list(errors.values()))
+    row |= {"models": int(present.sum()), "seeds": len(seeds), "note": ""}
+    errors = [sign_errors(agree, i, j, models.setting, groups[f"psi_{axis}"]) for axis in hyperparameters]
+    pooled = np.concatenate(errors)
     row |= {"sign_error_mean": float(mean_of_finite(pooled)), "sign_error_max": math.nan, "sign_error_p90": math.nan}
     if len(pooled):
         row["sign_error_max"] = float(pooled.max())
         row["sign_error_p90"] = float(np.quantile(pooled, 0.9, method="inverted_cdf"))
-    row |= {f"sign_error_mean_{axis}": float(mean_of_finite(of_axis)) for axis, of_axis in errors.items()}
-    for axis, of_axis in errors.items():
+    for axis, of_axis in zip(hyperparameters, errors):
+        row[f"sign_error_mean_{axis}"] = float(mean_of_finite(of_axis))
         right, wrong = int((of_axis < 0.5).sum()), int((of_axis > 0.5).sum())
         row[f"sign_p_{axis}"] = float(binomtest(right, right + wrong).pvalue) if right + wrong else math.nan
     if not seeds:
@@ -254,11 +255,11 @@ def draw_images(gaps, val_losses, resamples, rng):
     return result
 
 
-def permutation_p_values(mu, g, models, resamples, rng, within=False):
-    """Two-sided p-values of tau, or of tau_within, (m,); mu (m, n), NaN where missing, g (n,), ranks.
+def permutation_p_values(mu, g, models, resamples, rng):
+    """Two-sided p-values (m,) of tau over the pairs inside strata; mu (m, n), NaN where missing, g (n,), ranks.
 
-    Whole settings are permuted, all their seeds alike, because the seeds of a setting are no independent evidence; settings
-    that lack a seed are left out. The given order is one of the permutations (Davison and Hinkley), so that p is never 0.
+    Whole settings are permuted inside strata, all their seeds alike: the seeds of a setting are no independent evidence.
+    Settings that lack a seed are left out. The given order is one of the permutations, so that p is never 0.
     """
     present = np.isfinite(mu).any(axis=0)
     slots = max(1, len(np.unique(models.slot[present])))
@@ -268,16 +269,14 @@ def permutation_p_values(mu, g, models, resamples, rng, within=False):
         return np.full(len(mu), math.nan)
     mu, g, models = mu[:, whole], g[whole], Models(*(values[whole] for values in models))
     i, j = all_pairs(models)
-    stratum = np.zeros(len(whole) // slots, int)  # of each setting
-    if within:
-        same = models.stratum[i] == models.stratum[j]
-        i, j, stratum = i[same], j[same], models.stratum[::slots]
+    inside = models.stratum[i] == models.stratum[j]
+    stratum = models.stratum[::slots]  # of each setting
     order = np.tile(np.arange(len(stratum))[:, None], resamples + 1)  # (settings, 1 + R), the first as given
     for own in (np.flatnonzero(stratum == level) for level in np.unique(stratum)):
         order[own, 1:] = rng.permuted(order[own, 1:], axis=0)
     permuted = g.astype(np.float32).reshape(-1, slots)[order]  # (settings, 1 + R, slots)
     permuted = permuted.swapaxes(1, 2).reshape(len(whole), -1)
-    total, count = agreement(mu, permuted, np.ones((len(whole), 1), np.float32), i, j)
+    total, count = agreement(mu, permuted, np.ones((len(whole), 1), np.float32), i[inside], j[inside])
     return np.where(count[:, 0] > 0, np.mean(np.abs(total) >= np.abs(total[:, :1]), axis=1), math.nan)
 
 
@@ -293,8 +292,8 @@ def holm(p_values):
 def reliability(gaps, val_losses, strata=None):
     """How much of the variance of gaps (n,) over models is no noise of the validation images; val_losses (n, images).
 
-    {"standard_error": (n,), std of the losses / sqrt(images); "reliability": 1 - mean squared standard error / variance;
-    "reliability_within": the same with the variance inside strata (n,), pooled; NaN without strata}.
+    {"standard_error": (n,), "reliability": 1 - mean squared standard error / variance over models, "reliability_within": the
+    same with the pooled variance inside strata (n,), NaN without strata}.
     """
     gaps, val_losses = pd.Series(np.asarray(gaps, float)), np.asarray(val_losses, float)
     error = val_losses.std(axis=1, ddof=1) / math.sqrt(val_losses.shape[1])
@@ -317,38 +316,22 @@ def compare_with_srr(rows, point, samples):
     own = ("srr", "baseline_")
     rivals = [k for k, row in enumerate(rows) if not row["measure"].startswith(own) and math.isfinite(row["tau"])]
 
-    def add(row, column, statistic, difference):
-        row[column] = float(difference(point[statistic])[0])
-        row[f"{column}_low"], row[f"{column}_high"] = interval(difference(samples[statistic]))
+    def ahead(values, others):
+        return values[srr] - np.fmax.reduce(values[others])
 
-    def lead(values):
-        return values[srr] - np.fmax.reduce(values[rivals])
-
-    suffixes = {"tau": ""} | {name: f"_{name}" for name in samples if name.startswith("psi_")}
-    if "tau_within" in samples:
-        suffixes["tau_within"] = "_within"
-    for statistic, suffix in suffixes.items():
-        for k, row in enumerate(rows):
-            add(row, f"diff_srr{suffix}", statistic, lambda values: values[srr] - values[k])
+    for statistic in samples:
+        if statistic in ("Psi", "tau_between"):
+            continue
+        suffix = f"_{statistic}".removeprefix("_tau")
+        compared = [(row, f"diff_srr{suffix}", [k]) for k, row in enumerate(rows)]
         if rivals:
-            add(rows[srr], f"lead{suffix}", statistic, lead)
+            compared.append((rows[srr], f"lead{suffix}", rivals))
+        for row, column, others in compared:
+            row[column] = float(ahead(point[statistic], others)[0])
+            row[f"{column}_low"], row[f"{column}_high"] = interval(ahead(samples[statistic], others))
     if rivals:
         rows[srr]["lead_rival"] = names[max(rivals, key=lambda k: rows[k]["tau"])]
-        rows[srr]["share_first"] = pd.Series(lead(samples["tau"])).dropna().gt(0).mean()
-
-
-def resampled(mu, g, gaps, models, i, j, groups, resamples, rng):
-    """The bootstrap's {statistic: (m, R)} with gaps (n, R) or (n, 1), and {"p_value": (m,), "p_within": (m,) if strata}."""
-    stratum = models.stratum[np.unique(models.setting, return_index=True)[1]]  # of each setting
-    of_all = {key: groups[key] for key in groups if key == "tau" or key.startswith("psi_")}
-    inside = {key: groups[key] for key in ("tau_within", "tau_between") if key in groups}
-    drawn = draw(np.zeros_like(stratum), resamples, rng)[models.setting]
-    samples = averages(mu, gaps, drawn, i, j, of_all)
-    p = {"p_value": permutation_p_values(mu, g, models, resamples, rng)}
-    if inside:
-        samples |= averages(mu, gaps, draw(stratum, resamples, rng)[models.setting], i, j, inside)
-        p["p_within"] = permutation_p_values(mu, g, models, resamples, rng, within=True)
-    return {key: mean_of_finite(values) for key, values in samples.items()}, p
+        rows[srr]["share_first"] = pd.Series(ahead(samples["tau"], rivals)).dropna().gt(0).mean()
 
 
 def ranked(table, measures, seed):
@@ -365,15 +348,13 @@ def correlate(
 ):  # fmt: skip
     """One row (dict) per measure, in the given order: its rank statistics against the column `gap`.
 
-    table: a DataFrame or a list of dicts, a row per model. seed_column: where several models share their hyperparameters; the
-    statistics are then per seed and averaged, but over all pairs where each run has a seed of its own. strata: a column, such
-    as the model type. val_losses (rows, images): every resample then draws the images anew, too. A missing gap drops the
-    model; a measure that isn't finite drops it for that measure.
+    table: a DataFrame or a list of dicts, a row per model; a missing gap drops it, a measure that isn't finite for this
+    measure. With a seed_column statistics are per seed, then averaged. strata: a column, such as the model type. val_losses
+    (rows, images): every resample draws the images anew, too.
 
-    tau is tau-a; `ties` counts pairs tied in the measure or in the gap. *_low, *_high: 95 % percentile bootstrap over settings,
-    for tau_within and tau_between inside each stratum. p_value, p_within: permutation tests; p_holm: for the number of
-    measures. sign_p_<axis>: exact sign test over pairs of settings that differ on this axis alone; on an axis of more than two
-    levels these share settings, and it is too sure. Beyond 1e10 pairs times resamples, intervals and p-values are left out.
+    tau is tau-a; `ties` counts pairs tied in the measure or the gap. *_low, *_high: 95 % percentile bootstrap over settings,
+    for tau_within and tau_between inside strata. p_value, p_within: permutation tests; p_holm: for the number of measures.
+    sign_p_<axis>: exact sign test over pairs of settings that differ on this axis alone, too sure with more than two levels.
 
     Raises ValueError; its message begins with the name of the argument that is wrong.
     """
@@ -385,8 +366,7 @@ def correlate(
     if len(g) > MOST_MODELS:
         raise ValueError(f"gap {gap}: {len(g)} models; at most {MOST_MODELS} can be analysed")
     if np.bincount(models.seed, minlength=1).max() < 3:
-        where = f", fewer than 3 in every {seed_column}" if len(g) > 2 else ""
-        raise ValueError(f"gap {gap}: {len(g)} models{where}; rank statistics need 3 or more")
+        raise ValueError(f"gap {gap}: {len(g)} models; rank statistics need 3 or more of one seed")
     mu = ranked(table, measures, models.seed)
 
     i, j = all_pairs(models)
@@ -400,16 +380,26 @@ def correlate(
     groups = pair_groups(models, i, j, hyperparameters, pd.unique(np.array(levels(table[strata]))) if strata else ())
     by_seed = averages(mu, g[:, None], np.ones((len(g), 1)), i, j, groups)
     point = {statistic: mean_of_finite(values) for statistic, values in by_seed.items()}  # (m, 1)
-    samples, p = resampled(mu, g, gaps, models, i, j, groups, resamples, generator)
-    p["p_holm"] = holm(p["p_value"])
 
     psi = [f"psi_{axis}" for axis in hyperparameters]
+    tests = {"p_value": (models._replace(stratum=np.zeros_like(models.stratum)), ["tau", *psi])}
+    if strata:
+        tests["p_within"] = models, ["tau_within", "tau_between"]
+    samples, p = {}, {}  # {statistic: (m, R)}, {column: (m,)}
+    for column, (inside, statistics) in tests.items():
+        stratum = inside.stratum[np.unique(models.setting, return_index=True)[1]]  # of each setting
+        draws = draw(stratum, resamples, generator)[models.setting]
+        drawn = averages(mu, gaps, draws, i, j, {statistic: groups[statistic] for statistic in statistics})
+        samples |= {statistic: mean_of_finite(values) for statistic, values in drawn.items()}
+        p[column] = permutation_p_values(mu, g, inside, resamples, generator)
+    p["p_holm"] = holm(p["p_value"])
+
     first = ["measure", "models", "tau", "tau_low", "tau_high", "p_value", "tau_b", "ties", *psi, "Psi", "K"]
     first += ["sign_error_mean", "sign_error_max", "p_holm", "Psi_low", "Psi_high"]
     rows = []
     for k, name in enumerate(measures):
         row = point_statistics(mu[k], g, models, i, j, groups, hyperparameters)
-        row |= {"measure": name, "dropped": given - row["models"], "resamples": resamples, "permutations": resamples}
+        row |= {"measure": name, "dropped": given - row["models"], "resamples": resamples}
         row |= {f"{key}_sd": pd.Series(by_seed[key][:, k, 0]).std() for key in ("tau", "Psi")}
         row["note"] = "; ".join(filter(None, [row.pop("note"), note]))
         row |= {statistic: float(values[k, 0]) for statistic, values in point.items()}

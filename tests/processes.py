@@ -24,7 +24,7 @@ from crate.runs import lock_holder, read_log, read_run
 torch.set_num_threads(1)
 CONTEXT = multiprocessing.get_context("forkserver")
 # An optimizer imports torch._dynamo, which takes longer than these runs.
-CONTEXT.set_forkserver_preload(["pytest", "tests.processes", "torch._dynamo", "torchvision.transforms.v2"])
+CONTEXT.set_forkserver_preload(["tests.processes", "torch._dynamo"])
 ROOT = Path(__file__).parents[1]
 # 225 images to train on: five steps an epoch.
 SMALL = ("--preset", "laptop", "--width", 12, "--heads", 3, "--depth", 2, "--patch-size", 4, "--train-subset", 250)

@@ -65,7 +65,7 @@ def test_every_file_for_each_width_and_for_all(call, tmp_path):
     out = tmp_path / "out"
     for folder in ("width=96", "lr=1"):  # of an earlier correlate.py; the notes are the user's
         (out / folder).mkdir(parents=True)
-        for name in ("correlation.csv", "srr.png", "heatmap.png", "scatter.pdf"):
+        for name in ("correlation.csv", "srr.png", "reliability.csv"):
             (out / folder / name).touch()
     (out / "lr=1/notes.txt").touch()
     table = models()

@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import time
-import zipfile
 
 import pytest
 import torch
@@ -33,7 +32,6 @@ RUNS |= {
     "augmented": ("--augment", "basic", "--dropout", 0.1, "--epochs", 4),
     "until the loss is low": ("--stop-at-loss", 1.5, "--schedule", "constant", "--lr", 1e-2, *SRR, "--epochs", 60),
 }
-TWO = ("--epochs", 2, *SRR)
 ENDLESS = ("--epochs", 10**6, "--log-srr-every", 0, "--validate-every", 10**6)
 
 
@@ -62,10 +60,6 @@ def finish(out, flags, expected):
     code, text = Train(out, *flags, output=out.with_suffix(".end")).wait(120)
     assert code == 0, text
     assert outcome(out) == expected
-
-
-def refused(ended, *words):
-    assert_refused((ended[0], "", ended[1]), *words)
 
 
 def assert_stopped(ended, number):
@@ -110,20 +104,22 @@ def test_killed_and_stopped_at_random(tmp_path, whole, name, faults):
 
 @pytest.mark.parametrize("point", slow_but(("half",), ("half", "before", "after")))
 def test_killed_inside_each_write(tmp_path, whole, point, faults):
-    expected, _ = whole(*TWO)
+    flags = ("--epochs", 1, *SRR)
+    expected, _ = whole(*flags)
     for write in range(1, 100):
         out = tmp_path / str(write)
         out.mkdir()
-        code, text = Train(out, *TWO, fault=(processes.kill_at_write, write, point)).wait()
+        code, text = Train(out, *flags, fault=(processes.kill_at_write, write, point)).wait()
         if code == 0:
             break
         assert code == -signal.SIGKILL, text
-        finish(out, TWO, expected)
-    assert write - 1 == 8  # config.json twice, init.pt, log.jsonl, last.pt twice, val_losses.npy, result.json
+        finish(out, flags, expected)
+    assert write - 1 == 7  # config.json twice, init.pt, log.jsonl, last.pt, val_losses.npy, result.json
     faults("SIGKILL inside a write (half written, whole, renamed)", write - 1, "resumed, bit for bit the same")
 
 
-@pytest.mark.parametrize("number", slow_but((signal.SIGTERM,), (signal.SIGTERM, signal.SIGINT)))
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_to_a_sweep_of_two_processes(tmp_path, number, faults):
     script = Train(tmp_path, *ENDLESS, "--seed", 0, 1, "--jobs", 2)
     wait_until(lambda: len(list(tmp_path.glob("*/last.pt"))) == 2)
@@ -151,13 +147,13 @@ def test_signals_to_run_all(tmp_path, number, faults):
 
 
 def test_processes_share_a_sweep(tmp_path, whole, faults):
-    flags = ("--epochs", 6, "--seed", *range(6))
+    flags = ("--epochs", 4, "--seed", *range(4))
     expected, _ = whole(*flags)
-    scripts = [Train(tmp_path, *flags, output=tmp_path / f"text{i}") for i in range(3)]
+    scripts = [Train(tmp_path, *flags, output=tmp_path / f"text{i}") for i in range(2)]
     codes, texts = zip(*(script.wait() for script in scripts))
-    assert codes == (0, 0, 0) and sum("train loss" in text for text in texts) > 1, texts
+    assert codes == (0, 0) and all("train loss" in text for text in texts), texts
     assert outcome(tmp_path) == expected  # had two trained a run, its log would have rows twice
-    faults("three processes on one sweep", 1, "each run is trained once; the same results")
+    faults("two processes on one sweep", 1, "each run is trained once; the same results")
 
 
 def test_two_processes_on_one_run(tmp_path, whole, faults):
@@ -180,61 +176,59 @@ def test_two_processes_on_one_run(tmp_path, whole, faults):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [None, 0, 1])
-def test_jobs_give_the_results_of_one_process(tmp_path, whole, faults, victim):
-    flags = ("--epochs", 150, "--seed", *range(4), "--log-srr-every", 0, *SRR)
+def test_jobs_give_the_results_of_one_process(tmp_path, whole, faults):
+    flags = ("--epochs", 100, "--seed", *range(4), "--log-srr-every", 0, *SRR)
     expected, _ = whole(*flags)
     script = Train(tmp_path, *flags, "--jobs", 2)
-    if victim is not None:
-        wait_until(lambda: sum(lock_holder(path.parent) is not None for path in tmp_path.glob("*/last.pt")) == 2)
-        os.kill([script.process.pid, *children(script.process.pid)][victim], signal.SIGKILL)
-        code, text = script.wait(200)
-        assert code != 0 and "Traceback" not in text, (code, text)  # for not all runs are finished
-        wait_until(lambda: all_ended(tmp_path), 120)
-        faults("a process of --jobs 2 killed", 1, "an exit code other than 0; resumed, bit for bit the same")
-        script = Train(tmp_path, *flags, "--jobs", 2)
+    wait_until(lambda: sum(lock_holder(path.parent) is not None for path in tmp_path.glob("*/last.pt")) == 2)
+    os.kill(children(script.process.pid)[0], signal.SIGKILL)
     code, text = script.wait(200)
-    assert code == 0 and outcome(tmp_path) == expected, text
+    assert code != 0 and "Traceback" not in text, (code, text)  # for not all runs are finished
+    finish(tmp_path, (*flags, "--jobs", 2), expected)
+    faults("a process of --jobs 2 killed", 1, "an exit code other than 0; resumed, bit for bit the same")
 
 
-# The disk
+# Faults that end in one line
+
+REFUSED = {  # a fault, what the line says, and in the table: the fault and what it ends in
+    "config.json": ((processes.limit_file_size, 800), "config.json: File too large", "disk full", "names the file"),
+    "init.pt": ((processes.limit_file_size, 4000), "init.pt: File too large", "disk full", "names the file"),
+    "last.pt": ((processes.limit_file_size, 40_000), "last.pt: File too large", "disk full", "names the file"),
+    "NaN at once": ((processes.nan_in_batch, 1), "epoch 1, step 1", "NaN in a batch", "names epoch and step"),
+    "NaN": ((processes.nan_in_batch, 8), "epoch 2, step 8", "NaN in a batch", "names epoch and step"),
+    "read-only run": ((processes.give_up_privileges,), "_s0", "read-only folder", "names the folder"),
+    "read-only out": ((processes.give_up_privileges,), "runs", "read-only folder", "names the folder"),
+}
 
 
-@pytest.mark.parametrize("file", slow_but(("last.pt",), ("config.json", "init.pt", "last.pt")))
-def test_disk_full(tmp_path, whole, file, faults):
-    expected, _ = whole(*TWO)
-    limit = {"config.json": 800, "init.pt": 4000, "last.pt": 40_000}[file]
-    refused(Train(tmp_path, *TWO, fault=(processes.limit_file_size, limit)).wait(), f"{file}: File too large")
-    finish(tmp_path, TWO, expected)
-    faults("disk full (limit on a file's size)", 1, "exit code 2, names the file; goes on when there is room")
-
-
-@pytest.mark.parametrize("what", slow_but(("run",), ("out", "run")))
-def test_read_only_folder(tmp_path, whole, what, faults):
-    expected, _ = whole(*TWO)
+@pytest.mark.parametrize("flags", [SRR, pytest.param(("--amp", "fp16", "--dropout", 0.1), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_but(("last.pt", "NaN", "read-only run"), REFUSED))
+def test_refused_in_one_line_and_resumed(tmp_path, whole, name, flags, faults):
+    flags, (fault, words, of, ending) = ("--epochs", 3, *flags), REFUSED[name]
+    expected, _ = whole(*flags)
     out = closed = tmp_path / "runs"
     out.mkdir()
-    if what == "run":
-        Train(out, *TWO, output=tmp_path / "text", fault=(processes.kill_at_write, 5, "after")).wait()
-        closed = next(out.iterdir())
-    closed.chmod(0o555)
-    ended = Train(out, *TWO, output=tmp_path / "text", fault=(processes.give_up_privileges,)).wait()
+    if name == "read-only run":
+        Train(out, *flags, output=tmp_path / "text", fault=(processes.kill_at_write, 5, "after")).wait()
+        (closed,) = out.iterdir()
+    closed.chmod(0o555 if "read-only" in name else 0o755)
+    code, text = Train(out, *flags, output=tmp_path / "text", fault=fault).wait()
     closed.chmod(0o755)
-    refused(ended, str(closed))
-    finish(out, TWO, expected)
-    faults("read-only folder", 1, "exit code 2, names the folder; goes on when it can be written")
+    assert_refused((code, "", text), words)
+    for folder in out.glob("*/error.txt"):
+        assert words in folder.read_text() and state(folder.parent)[0] == "failed"
+    finish(out, flags, expected)
+    faults(of, 1, f"exit code 2, {ending}; resumed, bit for bit the same")
 
 
 # Files
 
 
-def content(value):
-    """A checkpoint in a form that can be compared."""
-    if isinstance(value, torch.Tensor):
-        return str(value.dtype), tuple(value.shape), value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: content(part) for key, part in value.items()}
-    return [content(part) for part in value] if isinstance(value, (list, tuple)) else value
+def content(path):
+    """What a checkpoint holds, in a form that can be compared."""
+    buffer = io.BytesIO()
+    torch.save(load_checkpoint(path), buffer)
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -248,26 +242,21 @@ def finished(tmp_path_factory):
 
 def test_truncated_and_flipped_checkpoints(tmp_path, finished, faults):
     last = next(finished.glob("*_s0/last.pt"))
-    right, draw, path = last.read_bytes(), random.Random(0), tmp_path / "broken.pt"
-    for _ in range(100):
-        path.write_bytes(right[: draw.randrange(len(right))])
-        with pytest.raises(InputError, match="broken.pt: damaged or not a checkpoint"):
-            load_checkpoint(path)
-    caught, expected = 0, content(load_checkpoint(last))
-    record = right.rindex(b"archive/data/0") - 46  # the zip archive's entry for a tensor: all of its bits, and 500 somewhere
-    flips = [*range(8 * record, 8 * record + 368), *(draw.randrange(8 * len(right)) for _ in range(500))]
-    for bit in flips:
-        flipped = bytearray(right)
-        flipped[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(flipped)
+    right, draw, path, expected = last.read_bytes(), random.Random(0), tmp_path / "broken.pt", content(last)
+    record = right.rindex(b"archive/data/0") - 46  # the zip archive's entry for a tensor: all of its bits, and 200 somewhere
+    flips = [*range(8 * record, 8 * record + 368), *(draw.randrange(8 * len(right)) for _ in range(200))]
+    broken = [(right[: draw.randrange(len(right))], "cut off anywhere") for _ in range(50)]
+    broken += [
+        ((int.from_bytes(right, "little") ^ (1 << bit)).to_bytes(len(right), "little"), "a bit flipped") for bit in flips
+    ]
+    for damaged, fault in broken:
+        path.write_bytes(damaged)
         try:
-            assert content(load_checkpoint(path)) == expected, bit  # a bit that nothing depends on, such as padding
+            assert content(path) == expected and fault == "a bit flipped"
+            faults(f"checkpoint: {fault}", 1, "in padding: the same content")
         except InputError as error:
             assert "broken.pt: damaged or not a checkpoint" in str(error)
-            caught += 1
-    assert caught > 500 * sum(len(part[2]) for part in expected["model"].values()) / len(right)
-    faults("checkpoint cut off anywhere", 100, "refused")
-    faults("a bit of a checkpoint flipped", len(flips), f"{caught} refused, {len(flips) - caught} in padding: the same content")
+            faults(f"checkpoint: {fault}", 1, "refused")
 
 
 class Malicious:
@@ -283,19 +272,15 @@ def test_foreign_checkpoints(tmp_path, finished, script, faults):
     shutil.copytree(finished, tmp_path / "runs")
     (folder,), harm = tmp_path.glob("runs/*_s0"), tmp_path / "harm"
     (folder / "result.json").unlink()
-    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
-        archive.writestr("hello.txt", "hello")
-    foreign = [b"", b"hello", (tmp_path / "other.zip").read_bytes(), torch.zeros(3), {"weights": torch.zeros(3)}]
-    foreign += [next(finished.glob(name)).read_bytes() for name in ("*_s0/init.pt", "*_s1/last.pt")]
-    foreign += [Malicious(harm), {"model": {}, "config": Malicious(harm)}]
+    foreign = [b"", b"hello", *(next(finished.glob(name)).read_bytes() for name in ("*_s0/init.pt", "*_s1/last.pt"))]
+    for value in (torch.zeros(3), {"weights": torch.zeros(3)}, Malicious(harm), {"model": {}, "config": Malicious(harm)}):
+        for zipped in (True, False):
+            torch.save(value, buffer := io.BytesIO(), _use_new_zipfile_serialization=zipped)
+            foreign.append(buffer.getvalue())
     for value in foreign:
-        buffer = io.BytesIO(value if isinstance(value, bytes) else b"")
-        if not isinstance(value, bytes):
-            torch.save(value, buffer)
-        (folder / "last.pt").write_bytes(buffer.getvalue())
+        (folder / "last.pt").write_bytes(value)
         assert_refused(script("train", *SMALL, "--epochs", 1, "--out", tmp_path / "runs"), "last.pt")
-        assert (folder / "last.pt").read_bytes() == buffer.getvalue()
-        assert "last.pt" in (folder / "error.txt").read_text() and state(folder)[0] == "failed"
+        assert (folder / "last.pt").read_bytes() == value and "last.pt" in (folder / "error.txt").read_text()
         assert not harm.exists(), "a pickle was executed"
     faults("something else in the place of last.pt, malicious pickles among it", len(foreign), "refused, not executed")
 
