@@ -131,6 +131,8 @@ def train_all(configs, out, rank, show_progress):
                 busy += 1
                 if len(names) == 1:
                     tqdm.write(f"{error}; left to it")
+            except BrokenPipeError:  # nobody reads what is printed
+                raise
             except (ValueError, RuntimeError, OSError) as error:
                 if dist.is_initialized():
                     raise InputError(one_line(error, out / name))

@@ -53,6 +53,7 @@ def run(main):
     code, message = 0, None
     try:
         code = main()
+        sys.stdout.flush()
     except BrokenPipeError:  # `train.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
@@ -115,8 +116,11 @@ def cores():
 
 
 def threads_of(jobs):
-    """How many threads each of `jobs` processes takes: OMP_NUM_THREADS where it is set, else its share of the cores."""
-    return int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
+    """How many threads each of `jobs` processes takes: OMP_NUM_THREADS where it is a number, else its share of the cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    return max(1, cores() // jobs)
 
 
 @contextmanager
@@ -137,7 +141,8 @@ def copies(jobs, gpus):
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
     try:
         yield codes
-        codes += [process.wait() for process in processes]
+        ended = [process.wait() for process in processes]
+        codes += [128 - code if code < 0 else code for code in ended]  # as a shell says that a signal ended it
     finally:
         for process in processes:
             process.terminate()

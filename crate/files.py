@@ -31,7 +31,7 @@ def write_bytes(path, content):
 
 
 def write_text(path, text):
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(errors="surrogateescape"))  # a path may hold other bytes than UTF-8's
 
 
 def write_json(path, value):
@@ -76,8 +76,11 @@ def load_checkpoint(path):
     if not stream.getbuffer().nbytes:
         raise InputError(f"{path}: is empty, not a checkpoint of torch")
     try:
-        if zipfile.is_zipfile(stream) and zipfile.ZipFile(stream).testzip():
-            raise zipfile.BadZipFile
+        if zipfile.is_zipfile(stream):
+            archive = zipfile.ZipFile(stream)
+            # Of a part that is marked as a folder (0x10) torch would read nothing, and leave what was in memory.
+            if archive.testzip() or any(part.external_attr & 0x10 for part in archive.infolist()):
+                raise zipfile.BadZipFile
         stream.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old formats: what is wrong is told below

@@ -108,11 +108,17 @@ def settings(sweep, draw=None):
         for model, i in itertools.product(sweep["model"], range(draw)):
             random = np.random.default_rng([i, *model.encode()])
             one = {axis: values[random.integers(len(values))] for axis, values in sweep.items()} | {"model": model}
-            for axis in ("dropout", "weight_decay"):
-                one[axis] = float(f"{random.uniform(min(sweep[axis]), max(sweep[axis])):.3g}")
-            one["lr"] = float(f"{math.exp(random.uniform(*(math.log(f(sweep['lr'])) for f in (min, max)))):.3g}")
+            for axis in ("dropout", "weight_decay", "lr"):
+                low, high = min(sweep[axis]), max(sweep[axis])
+                if axis == "lr":
+                    value = math.exp(random.uniform(math.log(low), math.log(high)))
+                else:
+                    value = random.uniform(low, high)
+                one[axis] = float(f"{value:.3g}") if low < high else low
             chosen.append(one)
     for one in chosen:
+        if not one["srr_reg"]:  # then the run is the same whatever its other SRR flags say
+            one["srr_layer"] = DEFAULTS["srr_layer"]
         if one["seed"] == "own":
             one["seed"] = int(hashlib.sha256(json.dumps(one, sort_keys=True).encode()).hexdigest()[:8], 16)
     return chosen
@@ -132,8 +138,8 @@ def resolve(flags, *, preset, device, amp, data_dir, draw=None, **others):
     configs = {}
     for one in settings(sweep, draw):
         config = base | one
-        if not config["srr_reg"]:  # then the run is the same whatever its other SRR flags say
-            config |= {key: DEFAULTS[key] for key in ("srr_layer", "srr_norm")}
+        if not config["srr_reg"]:
+            config["srr_norm"] = DEFAULTS["srr_norm"]
         srr_layers(config["srr_layer"], config["depth"], 1)  # refuses a layer that isn't there
         try:
             with torch.device("meta"):
@@ -208,7 +214,7 @@ def read_run(folder):
 def read_log(folder):
     """The rows of a run's log.jsonl. Raises InputError where a line is damaged."""
     rows = []
-    for k, line in enumerate((Path(folder) / "log.jsonl").read_text().splitlines(), start=1):
+    for k, line in enumerate((Path(folder) / "log.jsonl").read_text("utf-8").splitlines(), start=1):
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -298,12 +304,13 @@ def lock_holder(folder):
 
 
 def find_runs(folders):
-    """All run folders at or below `folders`, in order: folders with a config.json. Raises InputError where there are none."""
+    """All run folders at or below `folders`, in order. Raises InputError where there are none."""
     found = []
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder")
-        below = sorted(path.parent for path in folder.resolve().rglob("config.json"))
+        files = ("config.json", "log.jsonl", "result.json")  # one of them may have been lost
+        below = sorted({path.parent for name in files for path in folder.resolve().rglob(name)})
         if not below:
             raise InputError(f"{folder}: holds no run; name a folder that train.py made, or one above it")
         found += [path for path in below if path not in found]
@@ -322,7 +329,7 @@ def state(folder):
         if holder := lock_holder(folder):
             return "running", f"{progress}; {holder}"
         if failure.exists():
-            return "failed", f"{progress}; {failure.read_text().strip()}"
+            return "failed", f"{progress}; {failure.read_text("utf-8", "surrogateescape").strip()}"
         return ("unfinished", progress) if log.exists() else ("waiting", "nobody has started it")
     except (ValueError, TypeError, KeyError, OSError) as error:
         return "failed", one_line(error)

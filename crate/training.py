@@ -94,6 +94,8 @@ def finished(state, config):
 def log_epoch(row, state, config, data, model, began):
     """Complete the epoch's row by what is due, validation loss and layer-wise SRR, and add it to the log."""
     epoch, last = state["epoch"], finished(state, config)
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        raise InputError(f"epoch {epoch}: the weights are not finite; try a smaller --lr or --amp off")
     if last or epoch % config["validate_every"] == 0:
         losses, row["val_accuracy"] = evaluate(model, data, data.val_images, data.val_labels)
         row["val_loss"] = losses.mean().item()
@@ -184,7 +186,7 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
                 enough = max(target, 0.05) if len(results) == steps_per_epoch else target
                 state["checked_loss"] = training_loss(model, data, enough)
                 model.train()
-                if finished(state, config):
+                if state["checked_loss"] < target:
                     break
         results = torch.stack(results)  # (steps, 3): the first moment at which the host waits for the device
         if world > 1:

@@ -308,7 +308,8 @@ def test_config_edited_by_hand(tmp_path, finished, script, faults):
 @pytest.mark.parametrize("step", slow_but((8,), (1, 8, 20)))
 def test_nan_in_a_batch(tmp_path, whole, flags, step, faults):
     expected, _ = whole(*flags)
-    refused(Train(tmp_path, *flags, fault=(processes.nan_in_batch, step)).wait(), f"epoch {(step + 4) // 5}, step {step}")
+    code, text = Train(tmp_path, *flags, fault=(processes.nan_in_batch, step)).wait()
+    assert_refused((code, "", text), f"epoch {(step + 4) // 5}, step {step}")
     word, remark = state(next(tmp_path.glob("*/")))
     assert word == "failed" and f"step {step}" in remark
     finish(tmp_path, flags, expected)
