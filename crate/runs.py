@@ -329,7 +329,8 @@ def state(folder):
         if holder := lock_holder(folder):
             return "running", f"{progress}; {holder}"
         if failure.exists():
-            return "failed", f"{progress}; {failure.read_text("utf-8", "surrogateescape").strip()}"
+            reason = failure.read_text("utf-8", "surrogateescape").strip()
+            return "failed", f"{progress}; {reason}"
         return ("unfinished", progress) if log.exists() else ("waiting", "nobody has started it")
     except (ValueError, TypeError, KeyError, OSError) as error:
         return "failed", one_line(error)
