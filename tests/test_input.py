@@ -208,7 +208,7 @@ def test_a_terminal_that_knows_ascii_alone(tmp_path):
     text = (tmp_path / "text").read_text()
     codes = [line for line in text.splitlines() if line.startswith("code ")]
     assert "Traceback" not in text and codes == ["code 0", "code 2", "code 0"], text
-    assert text.count("last.pt: damaged") == 2, text
+    assert text.count("last.pt: is empty") == 2, text
 
 
 # Flags

@@ -63,7 +63,3 @@ def test_flags_that_the_readme_names_exist():
     elsewhere = {"--array", "--wrap", "--nproc-per-node"}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - elsewhere:
         assert flag in help_texts, flag
-
-
-def test_it_is_short():
-    assert len(README.splitlines()) <= 190
