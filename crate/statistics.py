@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.special import entr
 from scipy.stats import binomtest, kendalltau, rankdata
 
-MISSING = {"", "-", "na", "n/a", "#n/a", "<na>", "none", "null"}  # in lower case; and nan
+MISSING = set("-|na|n/a|#n/a|#na|#n/a n/a|<na>|none|null|nan|-nan|1.#ind|-1.#ind|1.#qnan|-1.#qnan".split("|")) | {""}
 MOST_MODELS = 5_000  # the pairs of more don't fit in memory
 MOST_WORK = 1e10  # pairs times resamples: about a minute on one core
 PIECE = 200_000  # numbers at once, so that they stay in the cache

@@ -22,7 +22,8 @@ FLAGS = {
     "variants": (*SWEEP, "--model", "crate-e", "crate-fix", "vit", "crate-n", "--validate-every", 2),
     "augmented": ("--augment", "basic", "--epochs", 2, "--srr-reg", 0.01, "--srr-layer", "all"),
     "stopping": ("--stop-at-loss", 1.5, "--schedule", "constant", "--epochs", 60, "--lr", 1e-2),
-    "fp16, batches of one": ("--batch-size", 1, "--train-subset", 6, "--hold-out", 0.2, "--amp", "fp16", "--epochs", 2),
+    # Not in fp16: a rank that has the whole batch scales its loss by the number of ranks, and may overflow where one does not.
+    "batches of one": ("--batch-size", 1, "--train-subset", 6, "--hold-out", 0.2, "--epochs", 2),
 }
 
 
