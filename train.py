@@ -116,7 +116,7 @@ def describe(name, config, result):
 
 def train_all(configs, out, rank, show_progress):
     """Train the runs that nobody else works on, the largest first. Returns how many failed."""
-    failures = busy = 0
+    failures = 0
     names = sorted(configs, key=lambda name: -configs[name]["parameters"] / configs[name]["batch_size"])
     with tqdm(total=len(names), desc="runs", unit="run", disable=len(names) == 1 or rank > 0) as bar:
         for name in names:
@@ -128,7 +128,6 @@ def train_all(configs, out, rank, show_progress):
             except Busy as error:
                 if dist.is_initialized():
                     raise  # the other ranks would wait for this one
-                busy += 1
                 if len(names) == 1:
                     tqdm.write(f"{error}; left to it")
             except BrokenPipeError:  # nobody reads what is printed

@@ -269,7 +269,7 @@ def locked(folder):
     fcntl = _fcntl()
     path = Path(folder) / ".lock"
     with open(path, "a+") as stream:
-        for attempt in range(10):  # `lock_holder` may have it for an instant
+        for _ in range(10):  # `lock_holder` may have it for an instant
             try:
                 fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
