@@ -9,7 +9,7 @@ usual="setup attention layers train measure correlate report test" # and study: 
 stages=${*:-$usual}
 fail() { echo "run_all.sh: error: $*" >&2; exit 2; }
 for stage in $stages; do case " $usual study " in *" $stage "*) ;; *) fail "no stage '$stage'; choose from: $usual study" ;; esac; done
-case ${PRESET:-laptop} in laptop | paper) ;; *) fail "PRESET=$PRESET: must be laptop or paper" ;; esac
+case ${PRESET:-laptop} in laptop | cifar | paper) ;; *) fail "PRESET=$PRESET: must be laptop, cifar or paper" ;; esac
 case ${JOBS:-1} in *[!0-9]* | 0) fail "JOBS=$JOBS: must be a whole number, at least 1" ;; esac
 
 # The running Python if it has what requirements.txt names, else .venv, made on first use.
