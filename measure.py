@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from crate.cli import InputError, Parser, copies, number, one_line, output_folder, path, run, threads_of
+from crate.cli import COPY, InputError, Parser, copies, number, one_line, output_folder, path, run, threads_of
 from crate.data import DATASETS, data_of, load_data
 from crate.files import load_checkpoint, read_json, write_bytes, write_json
 from crate.measures import GROUPS, doubtful, measure
@@ -187,6 +187,39 @@ def csv_of(rows):
     return pd.DataFrame(rows, dtype=object).to_csv(index=False).encode() if rows else b""
 
 
+def measure_all(folders, names, measure_one):
+    """Measure the runs that nobody else works on: {folder: error} of those where it failed."""
+    failures = {}
+    for folder in tqdm(folders, desc="models", unit="model", leave=False, disable=len(folders) < 2):
+        try:
+            if text := measure_one(folder):
+                tqdm.write(f"{names[folder]}: {text}")
+        except Busy:
+            continue
+        except (ValueError, KeyError, RuntimeError, OSError) as error:
+            failures[folder] = error
+    return failures
+
+
+def collect(finished, files, names, arguments, images, device):
+    """What stands in the runs' folders, and measures of the checkpoint files: entries, and {path: error} where it failed."""
+    entries, failures = [], {}
+    for one in finished + files:
+        try:
+            if one in finished:
+                new, losses = measured(one, arguments.groups, images), one / "val_losses.npy"
+                if new:
+                    losses = np.load(losses) if losses.exists() else None
+                    entries.append(entry(names[one], *read_run(one), new, losses))
+            else:
+                began, (config, result, new, losses) = time.perf_counter(), measure_released(one, arguments, images, device)
+                tqdm.write(f"{names[one]}: {describe(new, began)}")
+                entries.append(entry(names[one], config, result, new, losses))
+        except (ValueError, EOFError, RuntimeError, OSError) as error:
+            failures[one] = error
+    return entries, failures
+
+
 def main():
     arguments = parse_arguments()
     finished, files, names = find_models(arguments)
@@ -198,41 +231,23 @@ def main():
     groups = [group for group in GROUPS if group in arguments.groups]
     todo = [folder for folder in finished if not measured(folder, groups, images)]
     counts = f"{len(finished + files)} models, {len(finished + files) - len(todo)} measured already"
-    print(f"{counts}; on {device}, searches on {images} images", flush=True)
+    if not COPY:
+        print(f"{counts}; on {device}, searches on {images} images", flush=True)
     check_data(todo, arguments.data_dir, device)
-    jobs, failures, entries = min(arguments.jobs, len(todo) or 1), {}, []
-    with copies(jobs, torch.cuda.device_count() if device == torch.device("cuda") else 0):
+    jobs, gpus = min(arguments.jobs, len(todo) or 1), torch.cuda.device_count() if device == torch.device("cuda") else 0
+    with copies(jobs, gpus) as codes:
         torch.set_num_threads(threads_of(jobs))
-        for folder in tqdm(todo, desc="models", unit="model", leave=False, disable=len(todo) < 2):
-            try:
-                if text := measure_run(folder, groups, images, device, arguments.data_dir):
-                    tqdm.write(f"{names[folder]}: {text}")
-            except Busy:
-                continue
-            except (ValueError, KeyError, RuntimeError, OSError) as error:
-                failures[folder] = error
-    for folder in finished:
-        try:
-            losses, new = folder / "val_losses.npy", measured(folder, groups, images)
-            losses = np.load(losses) if losses.exists() else None
-            if new:
-                entries.append(entry(names[folder], *read_run(folder), new, losses))
-        except (ValueError, EOFError, OSError) as error:
-            failures[folder] = error
-    for file in files:
-        try:
-            began, (config, result, new, losses) = time.perf_counter(), measure_released(file, arguments, images, device)
-            tqdm.write(f"{names[file]}: {describe(new, began)}")
-            entries.append(entry(names[file], config, result, new, losses))
-        except (ValueError, RuntimeError, OSError) as error:
-            failures[file] = error
-    if entries:
-        write_tables(arguments.out, entries)
+        failures = measure_all(todo, names, lambda folder: measure_run(folder, groups, images, device, arguments.data_dir))
+    if not COPY:
+        entries, more = collect(finished, files, names, arguments, images, device)
+        failures |= more
+        if entries:
+            write_tables(arguments.out, entries)
+        elsewhere = len(finished + files) - len(entries) - len(failures)
+        print(f"{arguments.out}: {len(entries)} models" + (f", {elsewhere} left to other processes" if elsewhere else ""))
     for where, error in failures.items():
         print(f"measure.py: error: {one_line(error, where)}", file=sys.stderr)
-    elsewhere = len(finished + files) - len(entries) - len(failures)
-    print(f"{arguments.out}: {len(entries)} models" + (f", {elsewhere} left to other processes" if elsewhere else ""))
-    return 2 if failures else 0
+    return max([2 if failures else 0, *codes])
 
 
 if __name__ == "__main__":

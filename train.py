@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from crate.cli import InputError, Parser, copies, number, one_line, output_folder, path, run, threads_of
+from crate.cli import COPY, InputError, Parser, copies, number, one_line, output_folder, path, run, threads_of
 from crate.data import DATASETS
 from crate.files import read_json, write_json
 from crate.model import VARIANTS
@@ -170,7 +170,7 @@ def main():
             elif rank == 0:
                 output_folder(file.parent)
                 write_json(file, config)
-        if rank == 0:
+        if rank == 0 and not COPY:
             first, done = next(iter(configs.values())), sum((out / name / "result.json").exists() for name in configs)
             runs = f"{len(configs)} runs" if len(configs) > 1 else "1 run"
             print(f"preset {preset}: {first['dataset']}, on {device}; {runs} in {out}, {done} finished", flush=True)

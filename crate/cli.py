@@ -10,6 +10,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+COPY = "CRATE_COPY" in os.environ  # this process was started by `copies`: another one plans, and writes what is common
+
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: what is wrong, and what would be right."""
@@ -132,12 +134,12 @@ def copies(jobs, gpus):
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
     processes, codes = [], []
-    for job in range(1, jobs):
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads_of(jobs)), "TQDM_DISABLE": "1"}
+    for job in range(1, 1 if COPY else jobs):
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads_of(jobs)), "TQDM_DISABLE": "1", "CRATE_COPY": "1"}
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = visible[job % gpus]
-        processes.append(subprocess.Popen([sys.executable, *sys.argv, "--jobs", "1"], env=environment))
-    if gpus and jobs > 1:
+        processes.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
+    if gpus and jobs > 1 and not COPY:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
     try:
         yield codes

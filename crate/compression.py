@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from crate.kernels import self_attention
-from crate.rates import at_norm_of, exact_gradient, expansion_gradient, merge_heads, split_heads, subspace_coding_rate
+from crate.rates import exact_gradient, expansion_gradient, merge_heads, norm_ratio, split_heads, subspace_coding_rate
 
 
 def mssa(tokens, U, heads, gamma):
@@ -57,7 +57,7 @@ def compress(rule, seed, *, tokens, depth, width, heads, alpha=1.0, gamma=1.0, s
             moved = Z - alpha * direction(Z, U, heads, gamma)
             rows[-1]["after"] = subspace_coding_rate(moved, U, heads, gamma).item()
             if moved.norm() > 1e4 * torch.finfo(dtype).eps * Z.norm():  # else what is left is rounding: no arrangement to rate
-                rows[-1]["after_equal_norm"] = subspace_coding_rate(at_norm_of(moved, Z), U, heads, gamma).item()
+                rows[-1]["after_equal_norm"] = subspace_coding_rate(norm_ratio(Z, moved) * moved, U, heads, gamma).item()
             rows[-1]["overflow"] = False
         except ValueError:  # a Gram matrix has overflowed
             break

@@ -29,6 +29,12 @@ def merge_heads(tokens):
     return tokens.transpose(-3, -2).flatten(-2)
 
 
+def subspaces(tokens, U, heads):
+    """V_k = U_k^T Z of tokens (..., N, d) and U (d, d): (..., K, N, p), float32 or float64."""
+    with full_precision(tokens.device.type):
+        return split_heads(full(tokens) @ full(U), heads)
+
+
 def _cholesky(tokens, coefficient, side):
     """The Cholesky factor L of I + coefficient Z^T Z (..., n, n), n = N ("tokens") or d ("features"), and whether it failed.
 
@@ -111,9 +117,7 @@ def subspace_coding_rate(tokens, U, heads, gamma=1.0):
 
     Differentiable once in tokens and U (d, d). Raises ValueError as coding_rate does.
     """
-    with full_precision(tokens.device.type):
-        V = full(tokens) @ full(U)
-    return coding_rate(split_heads(V, heads), gamma).sum(-1)
+    return coding_rate(subspaces(tokens, U, heads), gamma).sum(-1)
 
 
 class _SubspaceGradient(torch.autograd.Function):
@@ -150,9 +154,9 @@ def subspace_gradient(V, gamma=1.0):
 
 def exact_gradient(tokens, U, heads, gamma=1.0):
     """grad_Z R^c = sum_k gamma U_k (I + gamma V_k V_k^T)^{-1} V_k with V_k = U_k^T Z (Eq. 6): (..., N, d)."""
+    S = subspace_gradient(subspaces(tokens, U, heads), gamma)
     with full_precision(tokens.device.type):
-        V = split_heads(full(tokens) @ full(U), heads)
-        return merge_heads(subspace_gradient(V, gamma)) @ full(U).mT
+        return merge_heads(S) @ full(U).mT
 
 
 def expansion_gradient(tokens, U, heads, gamma=1.0, orders=(1, 2)):
@@ -160,27 +164,27 @@ def expansion_gradient(tokens, U, heads, gamma=1.0, orders=(1, 2)):
 
     sum_k U_k (gamma V_k - gamma^2 V_k V_k^T V_k) with V_k = U_k^T Z.
     """
+    V = subspaces(tokens, U, heads)
     with full_precision(tokens.device.type):
-        V = split_heads(full(tokens) @ full(U), heads)  # (..., K, N, p)
         terms = {1: gamma * V, 2: -(gamma**2) * V @ (V.mT @ V)}
         return merge_heads(sum((terms[order] for order in orders), torch.zeros_like(V))) @ full(U).mT
 
 
 def taylor_bound(tokens, U, heads, gamma=1.0):
     """The lower bound sum_k gamma/2 ||V_k||_F^2 - gamma^2/4 ||V_k^T V_k||_F^2 on R^c(Z; U) (Eq. 5): (...), in nats."""
+    V = subspaces(tokens, U, heads)
     with full_precision(tokens.device.type):
-        V = split_heads(full(tokens) @ full(U), heads)
         gram = V.mT @ V
         return gamma / 2 * V.square().sum((-3, -2, -1)) - gamma**2 / 4 * gram.square().sum((-3, -2, -1))
 
 
-def at_norm_of(tokens, reference):
-    """Tokens (..., N, d) scaled to the Frobenius norm of `reference`, per image. Zero tokens stay zero.
+def norm_ratio(reference, tokens):
+    """What to scale tokens (..., N, d) by, per image, to give them the Frobenius norm of `reference`: (..., 1, 1).
 
-    Rates grow with the tokens' norm: this separates how they are arranged from how large they are.
+    Rates grow with the tokens' norm: this separates how they are arranged from how large they are. Zero tokens stay zero.
     """
     norms = [torch.linalg.matrix_norm(full(Z))[..., None, None] for Z in (reference, tokens)]
-    return full(tokens) * (norms[0] / norms[1].clamp(min=torch.finfo(norms[1].dtype).tiny))
+    return norms[0] / norms[1].clamp(min=torch.finfo(norms[1].dtype).tiny)
 
 
 def log_approximations(x):

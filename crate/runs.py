@@ -42,7 +42,8 @@ PRESETS = {
     # Section 6: CRATE-Tiny on CIFAR-10 with the paper's augmentation.
     "paper": dict(augment="basic", log_srr_every=20),
     # The shipped 8x8 digits, and a model that trains in seconds on one CPU core.
-    "laptop": dict(dataset="digits", patch_size=2, width=48, depth=4, epochs=30, lr=2e-3, batch_size=32, log_srr_every=5),
+    "laptop": dict(dataset="digits", patch_size=2, width=48, depth=4, epochs=30, lr=2e-3, batch_size=32,
+                   log_srr_every=10, validate_every=10),
     # CIFAR-10 on two CPU cores: nearly all models of all types reach a training loss of 0.01 within 200 epochs.
     "cifar": dict(train_subset=2000, patch_size=8, width=96, depth=6, epochs=100, lr=2e-3, batch_size=64,
                   log_srr_every=20, validate_every=20),

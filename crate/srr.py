@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from crate.rates import at_norm_of, coding_rate, full, subspace_coding_rate
+from crate.rates import coding_rate, full, norm_ratio, subspace_coding_rate, subspaces
 
 
 class Parts(NamedTuple):
@@ -82,20 +82,21 @@ def evaluating(model):
             module.training = mode
 
 
-def _sums(tokens, U, heads, gamma, layer):
-    """Non-zeros, R^c and R of tokens (B, N, d) of `layer` (0-based), summed over the images: (3,) float64."""
-    try:
-        return torch.stack([part.double().sum() for part in parts(tokens, U, heads, gamma)])
-    except ValueError as error:
-        raise ValueError(f"layer {layer + 1}: {error}")
-
-
 def _means(sums, images, layer, sparsity):
-    """The measure and its parts from `_sums` over that many images, as a dict of floats."""
+    """The measure and its parts, a dict of floats, from the sums of `parts` over that many images; layer: 0-based."""
     l0, rate_subspaces, rate = (sums / images).tolist()
     if not math.isfinite(rate_subspaces + rate):  # on CUDA, where a rate is NaN rather than an error
         raise ValueError(f"layer {layer + 1}: the rates are not finite: the tokens are not finite")
     return {"l0": l0, "rate_subspaces": rate_subspaces, "rate": rate, "srr": sparsity * l0 + rate_subspaces - rate}
+
+
+@contextmanager
+def _naming(layer):
+    """A ValueError of the coding rates names the layer (0-based here)."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layer {layer + 1}: {error}")
 
 
 def layer_srr(model, images, sparsity=0.1, gamma=1.0, chunk=256, matrix="U"):
@@ -110,7 +111,8 @@ def layer_srr(model, images, sparsity=0.1, gamma=1.0, chunk=256, matrix="U"):
         for some in images.split(chunk):
             for l, tokens in enumerate(model.layer_outputs(some)):
                 U = getattr(model.layers[l].mssa, matrix).weight.mT
-                sums[l] += _sums(tokens, U, model.heads, gamma, l)
+                with _naming(l):
+                    sums[l] += torch.stack(parts(tokens, U, model.heads, gamma)).double().sum(1)
     return [_means(total, len(images), l, sparsity) for l, total in enumerate(sums)]
 
 
@@ -127,16 +129,18 @@ def operator_rates(model, images, sparsity=0.1, gamma=1.0, chunk=256):
         for some in images.split(chunk):
             tokens = model.embed(some)
             for l, layer in enumerate(model.layers):
-                U, compressed = layer.mssa.U.weight.mT, layer.compress(tokens)
+                compressed = layer.compress(tokens)
                 points = {"input": tokens, "compressed": compressed}
                 if layer.ista:
                     points["normalised"] = layer.norm2(compressed)
                 points["output"] = layer.sparsify(compressed)
                 before = tokens
                 for point, after in points.items():
-                    raw = _sums(after, U, model.heads, gamma, l)
-                    scaled = subspace_coding_rate(at_norm_of(after, before), U, model.heads, gamma).double().sum()
-                    sums[l][point] = sums[l].get(point, 0.0) + torch.cat([raw, scaled[None]])
+                    V, ratio = subspaces(after, layer.mssa.U.weight.mT, model.heads), norm_ratio(before, after)[:, None]
+                    with _naming(l):
+                        raw, scaled = (coding_rate(tokens_k, gamma).sum(1) for tokens_k in (V, ratio * V))
+                        all_parts = (after != 0).sum((1, 2)), raw, coding_rate(after, model.heads * gamma), scaled
+                    sums[l][point] = sums[l].get(point, 0.0) + torch.stack([part.double().sum() for part in all_parts])
                     before = after
                 tokens = points["output"]
     rates = [{} for _ in model.layers]

@@ -159,7 +159,7 @@ def test_threads(monkeypatch, value, threads):
 @pytest.mark.parametrize("ending, codes", [("exit 0", [0]), ("exit 2", [2]), ("exit 143", [143]), ("kill -9 $$", [2, 137])])
 def test_exit_code_of_several_processes(script, tmp_path, monkeypatch, ending, codes):
     """The second one gets the same command, and its share of the cores."""
-    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$OMP_NUM_THREADS $@" > {tmp_path}/call\n{ending}\n')
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$OMP_NUM_THREADS $@ $CRATE_COPY" > {tmp_path}/call\n{ending}\n')
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(cli, "cores", lambda: 6)
@@ -167,7 +167,7 @@ def test_exit_code_of_several_processes(script, tmp_path, monkeypatch, ending, c
     code, _, _ = script(*TINY, "--out", tmp_path / "runs", "--jobs", 2)
     torch.set_num_threads(1)
     words = (tmp_path / "call").read_text().split()
-    assert code in codes and words[:2] == ["3", "train.py"] and words[-2:] == ["--jobs", "1"]
+    assert code in codes and words[:2] == ["3", "train.py"] and words[-3:] == ["--jobs", "2", "1"]
 
 
 def test_ranks_without_torchrun(tmp_path):
