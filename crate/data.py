@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from crate.augmentation import crop_and_flip, draw_augmentation, rand_augment
 from crate.cli import InputError
+from crate.files import write_bytes
 
 DIGITS = Path(__file__).with_name("digits.npz")
 DIGITS_SHA256 = "5fe13e34b3dd716db1281d456700d350f8628ee754b9c493869f197171b85f4b"
@@ -74,38 +75,26 @@ def _digits(data_dir):
 
 
 def _fashion_mnist(data_dir):
-    """From the four files, gzipped or not, wherever they are left; else torchvision downloads them."""
-    raw = data_dir / "FashionMNIST" / "raw"  # where torchvision puts them
-    folders = (raw, raw.parent, data_dir, data_dir / "raw", data_dir / "fashion-mnist", DEBIAN)
-    choices = [[folder / f"{file}{end}" for folder in folders for end in ("", ".gz")] for file in FASHION_FILES]
-    found = [next(filter(Path.is_file, paths), None) for paths in choices]
-    if None in found:
-        from torchvision.datasets import FashionMNIST
+    """Read by torchvision, and if need be downloaded; gzipped files that are there already are unpacked to where it looks."""
+    from torchvision.datasets import FashionMNIST
 
-        missing = ", ".join(f"{file}.gz" for file, path in zip(FASHION_FILES, found) if path is None)
-        _torchvision("fashion-mnist", FashionMNIST, data_dir, there=filter(None, found), needed=missing)
-        found = [raw / file for file in FASHION_FILES]
-    images, labels, val_images, val_labels = map(_idx, found)
-    return images[:, None], labels, val_images[:, None], val_labels
-
-
-def _idx(path):
-    """The array in an IDX file, gzipped or not: two zero bytes, 8 for bytes, the number of axes, their lengths, the values."""
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        axes = 3 if "images" in path.name else 1
-        if content[:4] != bytes((0, 0, 8, axes)):
-            raise ValueError(f"no IDX file of bytes with {axes} axes")
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(np.frombuffer(content, ">i4", axes, offset=4))
-    except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: damaged ({_reason(error)}); delete it, and it is downloaded again") from error
+    raw = data_dir / "FashionMNIST" / "raw"
+    for file in FASHION_FILES:
+        packed = next((path for folder in (data_dir, raw, DEBIAN) if (path := folder / f"{file}.gz").is_file()), None)
+        if packed and not (raw / file).exists():
+            try:
+                content = gzip.decompress(packed.read_bytes())
+            except (EOFError, OSError, zlib.error) as error:
+                raise InputError(f"{packed}: damaged ({_reason(error)}); delete it, and it is downloaded again") from error
+            raw.mkdir(parents=True, exist_ok=True)
+            write_bytes(raw / file, content)
+    parts = _torchvision("fashion-mnist", FashionMNIST, data_dir, [raw])
+    return [np.asarray(array) for part in parts for array in (part.data[:, None], part.targets)]
 
 
 def _cifar(name, data_dir):
     """From class folders in data_dir/NAME; else torchvision reads, and if need be downloads, the original."""
-    folder, (_, _, classes, _, files) = data_dir / name, DATASETS[name]
+    folder, classes = data_dir / name, DATASETS[name].classes
     if (folder / "train").is_dir():
         arrays = read_class_folders(folder)
         if (found := arrays[1].max() + 1) != classes:
@@ -114,20 +103,20 @@ def _cifar(name, data_dir):
     from torchvision import datasets
 
     kind = getattr(datasets, name.upper())
-    parts = _torchvision(name, kind, data_dir, there=[data_dir / kind.filename, data_dir / kind.base_folder], needed=files)
+    parts = _torchvision(name, kind, data_dir, [data_dir / kind.filename, data_dir / kind.base_folder])
     return [array for part in parts for array in (part.data.transpose(0, 3, 1, 2), part.targets)]
 
 
-def _torchvision(name, kind, data_dir, there, needed):
+def _torchvision(name, kind, data_dir, paths):
     """Both parts of a class of torchvision.datasets, downloaded where it isn't in `data_dir`.
 
-    Raises InputError where it can't be downloaded or read: of which of the paths `there` exists, and which files are `needed`.
+    Raises InputError where it can't be downloaded or read, which names the first of its `paths` that is there.
     """
     try:
         return [kind(data_dir, train, download=True) for train in (True, False)]
     except Exception as error:  # no network, or what tarfile, gzip and pickle make of a damaged file: nearly anything
-        why = f"({_reason(error)}); it needs {needed}"
-        for path in filter(Path.exists, there):
+        why = f"({_reason(error)}); it needs {DATASETS[name].files}"
+        for path in filter(Path.exists, paths):
             raise InputError(f"{path}: damaged, or not all of {name} is there {why}") from error
         raise InputError(f"--data-dir {data_dir}: {name} is not there {why}; --dataset digits needs nothing") from error
 
