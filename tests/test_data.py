@@ -223,7 +223,7 @@ def test_wrong_fashion_mnist(tmp_path, offline):
     path, raw = tmp_path / f"{FASHION_FILES[2]}.gz", tmp_path / "FashionMNIST" / "raw"
     whole = path.read_bytes()
     for named, content in (
-        (path, b""),
+        (raw, b""),
         (path, b"nonsense"),
         (path, whole[:-20]),
         (raw, gzip.compress(b"\0\0\x08\x03\0")),
