@@ -112,12 +112,13 @@ def _torchvision(name, kind, data_dir, paths):
 
     Raises InputError where it can't be downloaded or read, which names the first of its `paths` that is there.
     """
+    there = list(filter(Path.exists, paths))
     try:
         return [kind(data_dir, train, download=True) for train in (True, False)]
     except Exception as error:  # no network, or what tarfile, gzip and pickle make of a damaged file: nearly anything
         why = f"({_reason(error)}); it needs {DATASETS[name].files}"
-        for path in filter(Path.exists, paths):
-            raise InputError(f"{path}: damaged, or not all of {name} is there {why}") from error
+        if there:
+            raise InputError(f"{there[0]}: damaged, or not all of {name} is there {why}") from error
         raise InputError(f"--data-dir {data_dir}: {name} is not there {why}; --dataset digits needs nothing") from error
 
 
