@@ -31,6 +31,7 @@ STEEPNESS = 3.0  # typical, of the drop's logit over the scale's logarithm
 DIRECTIONS = 10  # of noise, drawn once per model
 EPS = 1e-3  # of the magnitude-aware noise and bounds
 ASCENT_STEPS = 4  # of sharpness
+LAMBDAS, GAMMAS = (0, 0.2, 0.5, 1), (0.1, 10)  # of SRR, beside 0.1 and 1: ranks may depend on them
 EPS_RELEASED = 0.01  # of the released CRATE's R^c
 
 
@@ -311,9 +312,10 @@ def released_rates(model, images, chunk=256):
 def srr_measures(model, initial, images):
     """SRR (Eq. 11) on the images: {measure: float}, and its parts per layer, a list of dicts.
 
-    `srr` is the measure of the model as it was trained. `srr_no_layernorm` has the identity for LayerNorm in the forward pass
-    (of a float64 copy); NaN where the tokens then grow beyond what can be factorised. vit, whose U is the query matrix, has
-    `srr_key` and `srr_value` besides. `rate_subspaces_released`: of released_rates. `baseline_srr_init`: `srr` of the initial
+    `srr` is the measure of the model as it was trained, with lambda = 0.1 and gamma = 1; `srr_lambda_..` and `srr_gamma_..`
+    have another value of one of them. `srr_no_layernorm` has the identity for LayerNorm in the forward pass (of a float64
+    copy); NaN where the tokens then grow beyond what can be factorised. vit, whose U is the query matrix, has `srr_key` and
+    `srr_value` besides. `rate_subspaces_released`: of released_rates. `baseline_srr_init`: `srr` of the initial
     model, unless that is None. Raises ValueError where the trained or the initial model's tokens are not finite.
     """
 
@@ -326,6 +328,10 @@ def srr_measures(model, initial, images):
     except ValueError:
         bare = [dict.fromkeys(layers[0], math.nan)] * len(layers)
     measures = {"srr": mean(layers)} | {f"srr_{key}": mean(layers, key) for key in ("l0", "rate_subspaces", "rate")}
+    for sparsity in LAMBDAS:
+        measures[f"srr_lambda_{sparsity:g}"] = mean(layers) + (sparsity - 0.1) * mean(layers, "l0")
+    for gamma in GAMMAS:
+        measures[f"srr_gamma_{gamma:g}"] = mean(layer_srr(model, images, gamma=gamma))
     measures |= {"srr_no_layernorm": mean(bare), "rate_subspaces_released": fmean(released)}
     if hasattr(model.layers[0].mssa, "key"):
         measures |= {f"srr_{matrix}": mean(layer_srr(model, images, matrix=matrix)) for matrix in ("key", "value")}

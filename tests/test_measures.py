@@ -284,6 +284,13 @@ def test_srr_is_the_mean_over_layers(trained, examples, monkeypatch):
         assert result[name] == pytest.approx(np.mean([layer[key] for layer in layers]), rel=1e-12)
     assert result["srr"] == pytest.approx(0.1 * result["srr_l0"] + result["srr_rate_subspaces"] - result["srr_rate"])
     assert result["baseline_srr_init"] == pytest.approx(np.mean([layer["srr"] for layer in layer_srr(initial, images)]))
+    for name, settings in (
+        ("srr_lambda_0.5", {"sparsity": 0.5}),
+        ("srr_lambda_0", {"sparsity": 0}),
+        ("srr_gamma_10", {"gamma": 10}),
+    ):
+        expected = np.mean([layer["srr"] for layer in layer_srr(model, images, **settings)])
+        assert result[name] == pytest.approx(expected, rel=1e-9)
     released = released_by_hand(model, images)
     assert result["rate_subspaces_released"] == pytest.approx(np.mean(released), rel=1e-5)
     monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, tokens: tokens)
