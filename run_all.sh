@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything, from nothing to REPORT.md:   bash run_all.sh               all stages but study
 #                                          bash run_all.sh train report  the stages that are named
-# PRESET=laptop|paper (default: paper where CUDA is present, else laptop); JOBS=n processes (default: one per GPU, else per core)
+# PRESET=laptop|cifar|paper (default: paper where CUDA is present, else laptop); JOBS=n processes (default: one per GPU, else per core)
 # Every stage can be interrupted and run again: what is finished is not done twice. Results: runs/$PRESET/results/REPORT.md
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -37,12 +37,21 @@ go() { "$python" "$@" & child=$!; wait $child; }
 train() { go train.py --preset "$PRESET" --jobs "$JOBS" --out "$runs/$1" "${@:2}"; }
 
 runs=runs/$PRESET results=runs/$PRESET/results models="crate-c crate-n crate-t crate"
-case $PRESET in # the grid of Section 5 (Table 4), the layers of Table 6, pictures of stage layers
-  laptop) grid="--width 48 96 --batch-size 32 128 --lr 1e-3 5e-3 --dropout 0 0.1 --epochs 400" layers="1 2 3 last random" pictures=250 ;;
-  paper) grid="--width 384 768 --batch-size 64 128 --lr 1e-4 3e-4 --dropout 0 0.1 --epochs 300" layers="2 4 6 8 10 last random" pictures=520 ;;
+case $PRESET in # the grid of Section 5 (Table 4); the study's ranges; the layers of Table 6; patch and pictures of stage layers
+  laptop)
+    grid="--width 48 96 --batch-size 32 128 --lr 1e-3 3e-3 --dropout 0 0.05 --epochs 400"
+    study="--batch-size 16 32 64 128 --lr 7e-4 7e-3 --dropout 0 0.1 --weight-decay 0 0.1 --epochs 400"
+    table6="1 2 3 last random" layers="--patch-size 2 --train-subset 250" ;;
+  cifar)
+    grid="--width 96 192 --batch-size 64 128 --lr 1e-3 3e-3 --dropout 0 0.1 --epochs 200"
+    study="--batch-size 32 64 128 --lr 5e-4 5e-3 --dropout 0 0.1 --weight-decay 0 0.1 --epochs 200"
+    table6="1 3 last random" layers="--patch-size 4 --train-subset 250" ;;
+  paper)
+    grid="--width 384 768 --batch-size 64 128 --lr 1e-4 3e-4 --dropout 0 0.1 --epochs 300"
+    study="--batch-size 32 64 128 --lr 5e-5 5e-4 --dropout 0 0.3 --weight-decay 0 0.1 --epochs 300"
+    table6="2 4 6 8 10 last random" layers="--patch-size 4 --train-subset 520" ;;
 esac
-until_low="--augment none --schedule constant --stop-at-loss 0.01 --log-srr-every 0 --validate-every 1000 --seed own"
-study="--batch-size 16 32 64 128 --lr 7e-4 7e-3 --dropout 0 0.3 --weight-decay 0 0.1 --epochs 600"
+until_low="--augment none --schedule constant --stop-at-loss 0.01 --validate-every 1000 --log-srr-every 0"
 
 for stage in $stages; do
   echo "== $stage ($PRESET, $JOBS processes)"
@@ -51,14 +60,16 @@ for stage in $stages; do
     setup) "$python" -c 'import sys, torch; print(f"python {sys.version.split()[0]}, torch {torch.__version__}, {torch.cuda.device_count()} GPUs")' ;;
     attention) go attention_only.py --out "$results/attention_only" ;; # Figs. 1, 5
     layers) # Fig. 2's first curve, at the paper's size: models at initialisation, no training
-      train layers --model $models crate-e --width 384 768 --depth 12 --epochs 0 --log-srr-every 1 \
-        --train-subset "$pictures" --hold-out 0.02 --seed 0 1 2 3 4 ;;
+      train layers --model $models crate-e --width 384 768 --depth 12 --epochs 0 --log-srr-every 1 $layers \
+        --hold-out 0.02 --seed 0 1 2 3 4 ;;
     train)
-      train grid --model $models $grid $until_low                                              # Tables 1, 4, 5; Figs. 4, 6
+      train grid --model $models $grid $until_low --seed own                                   # Tables 1, 4, 5; Figs. 4, 6
       train table2 --model $models --srr-reg 0 1e-3 --seed 0 1 2 3 4                           # Table 2, Fig. 2
       train table3 --model crate-fix crate-identity crate-e vit --seed 0 1 2                   # Table 3
-      train table6 --model crate-c --srr-reg 1e-3 --srr-layer $layers --seed 0 1 2             # Table 6
-      [ "$PRESET" = laptop ] || train table2-cifar100 --dataset cifar100 --model $models --srr-reg 0 1e-3 --seed 0 1 2 # Fig. 3
+      train table6 --model crate-c --srr-reg 1e-3 --srr-layer $table6 --seed 0 1 2             # Table 6
+      [ "$PRESET" != paper ] || train table2-cifar100 --dataset cifar100 --model $models --srr-reg 0 1e-3 --seed 0 1 2 # Fig. 3
+      [ "$PRESET" != cifar ] || train table2-d384 --model $models crate-e --patch-size 4 --width 384 --depth 12 --epochs 15 \
+        --batch-size 32 --lr 3e-4 --log-srr-every 3 --validate-every 15 --seed 0 1 # Fig. 2 at the paper's size
       ;;
     measure) go measure.py "$runs/grid" --out "$results/measures.csv" --jobs "$JOBS" ;;
     correlate)
@@ -66,12 +77,12 @@ for stage in $stages; do
         --val-losses "$results/measures_val_losses.npz" --out "$results/correlation" ;;
     report) go -m crate.report "$runs" ;;
     study) # goes further than the paper; then `report` shows it too
-      train study --model $models --draw 40 $study $until_low
-      train study --model crate-fix crate-identity crate-e vit --draw 10 $study $until_low
+      train study --model $models --draw 40 $study $until_low --seed own
+      train study --model crate-fix crate-identity crate-e vit --draw 10 $study $until_low --seed own
       go measure.py "$runs/study" --out "$results/study_measures.csv" --jobs "$JOBS"
       go correlate.py "$results/study_measures.csv" --hyperparameters model batch_size lr dropout weight_decay --gap gap \
         --val-losses "$results/study_measures_val_losses.npz" --out "$results/study_correlation"
-      train intervention --model $models --srr-reg -0.01 -0.001 0 0.001 0.01 0.1 1 --seed $(seq -s " " 0 9)
+      train intervention --model $models $until_low --log-srr-every 1000 --srr-reg -0.01 0 0.01 0.1 1 --seed $(seq -s " " 0 9)
       train table2 --model $models --srr-reg 0 1e-3 --seed $(seq -s " " 0 19)
       ;;
     test) if [ $# -gt 0 ]; then "$python" -m pytest -q; else "$python" -m pytest -q -m "not slow and not faults and not cuda"; fi ;;

@@ -263,6 +263,7 @@ def complexity_section(results, runs):
     of_study, parts = ranks(results, [("study_correlation", "random settings", claims.OF_THE_STUDY, "")])
     text += section("Does SRR rank models of one type? (study)", PAPER["study"], *parts)
     moved = runs_of(runs, ["intervention"], ["model", "seed", "srr_reg"]).dropna(subset=["srr", "gap"])
+    moved = moved[~moved["reached_target"].eq(False)]
     if len(moved):
         by_model = claims.slopes(moved).dropna().groupby("model")
         slopes = {model: with_interval(*claims.mean_interval(values), ".2g") for model, values in by_model}
