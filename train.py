@@ -89,6 +89,7 @@ def parse_arguments():
     add("--device", "cpu, cuda, cuda:1 ... (default: cuda where present)", default="auto")
     add("--amp", "auto: bf16 on CUDA, off on CPU (default: auto)", choices=("auto", "off", "bf16", "fp16"), default="auto")
     add("--compile", "torch.compile each layer", action="store_true")
+    add("--no-graph", "on CUDA, launch each kernel of a step, not one CUDA graph", action="store_false", dest="graph")
     add("--out", "folder of the run folders (default: runs/PRESET/single)", type=path)
     add("--jobs", "processes that share the work (default: 1)", type=positive, default=1)
     add("--status", "print the state of every run in FOLDER, and train nothing", type=path, metavar="FOLDER")
@@ -159,7 +160,7 @@ def main():
         if preset == "auto":
             preset = "paper" if torch.cuda.is_available() else "laptop"
         flags = {key: value for key, value in arguments.items() if key in DEFAULTS and value is not None}
-        others = {key: arguments[key] for key in ("data_dir", "draw", "compile", "save_every")}
+        others = {key: arguments[key] for key in ("data_dir", "draw", "compile", "graph", "save_every")}
         others |= {"amp": resolve_amp(arguments["amp"], device), "processes": world}
         configs = resolve(flags, preset=preset, device=device, **others)
         out = output_folder(arguments["out"] or Path("runs") / preset / "single")

@@ -314,11 +314,19 @@ def batches(data, batch_size, seed, epoch, augment=False, rank=0, world=1):
     if augment:
         drawn = draw_augmentation(examples, size, mixed_seed(AUGMENTATION, seed, epoch))
     together = max(1, VALUES_AT_ONCE // (channels * max(size, data.image_size) ** 2) // batch_size)  # batches made at once
+    # torchvision's augmentation waits for its stream: with one of its own, it doesn't wait for the training steps.
+    side = torch.cuda.Stream() if augment and data.train_images.is_cuda else None
+    if side:
+        side.wait_stream(torch.cuda.current_stream())
     for start in range(0, len(indices), together):
         some = slice(start, start + together)
-        images = data.train_images[torch.cat(indices[some])]
-        if augment:
-            box, flip, operations, signs = (values[torch.cat(rows[some])] for values in drawn)
-            images = rand_augment(crop_and_flip(images, box, flip, data.image_size), operations, signs)
+        with torch.cuda.stream(side):
+            images = data.train_images[torch.cat(indices[some])]
+            if augment:
+                box, flip, operations, signs = (values[torch.cat(rows[some])] for values in drawn)
+                images = rand_augment(crop_and_flip(images, box, flip, data.image_size), operations, signs)
+        if side:
+            torch.cuda.current_stream().wait_stream(side)
+            images.record_stream(torch.cuda.current_stream())
         for part, index, weight in zip(images.split([len(i) for i in indices[some]]), indices[some], weights[some]):
             yield data.prepare(part), data.train_labels[index], weight

@@ -107,21 +107,29 @@ def graphed(step):
 
     Launching a step's hundreds of small kernels takes the host longer than the GPU needs to run them; a graph is one launch.
     The step returns one tensor, waits for nothing, and reads from the device what changes between steps, such as the learning
-    rate. A batch of another size than the first, such as an epoch's last, runs without a graph.
+    rate. A batch of another size than the first, such as an epoch's last, runs without a graph, on the same stream: libraries
+    keep handles and memory for each.
     """
     graphs, pool, first_shape = {}, torch.cuda.graph_pool_handle(), None  # one pool: no two graphs run at the same time
-    warm = Counter()
+    warm, stream = Counter(), torch.cuda.Stream()
+
+    def eager(*arguments):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = step(*arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+        return result.clone()
 
     def replayed(images, labels, *constants):
         nonlocal first_shape
         first_shape = first_shape or images.shape
         if images.shape != first_shape or warm[constants] < WARM_UP:
             warm[constants] += images.shape == first_shape
-            return step(images, labels, *constants)
+            return eager(images, labels, *constants)
         if constants not in graphs:
             graph, inputs = torch.cuda.CUDAGraph(), (images.clone(), labels.clone())
             # "thread_local": another thread may pin memory meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 graphs[constants] = graph, inputs, step(*inputs, *constants)
         graph, inputs, result = graphs[constants]
         for static, new in zip(inputs, (images, labels)):

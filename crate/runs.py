@@ -52,7 +52,7 @@ PRESETS = {
 # The flags that take several values: a sweep is their Cartesian product.
 AXES = "width depth batch_size lr dropout weight_decay model srr_reg srr_layer seed".split()
 # What may differ between a run and its resumption.
-FREE_TO_CHANGE = {"device", "data_dir", "save_every", "versions", "commit", "command"}
+FREE_TO_CHANGE = {"device", "data_dir", "save_every", "graph", "versions", "commit", "command"}
 MODEL_SETTINGS = (
     "image_size", "patch_size", "channels", "classes", "width", "depth", "heads", "dropout",
     "temperature", "ista_beta", "ista_lambda",

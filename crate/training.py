@@ -111,6 +111,7 @@ def log_epoch(row, state, config, data, model, began):
 def compile_layers(model):
     """torch.compile for each layer: its forward alone, so that hooks still see what enters and leaves it."""
     torch._dynamo.reset()  # else the third model of a sweep runs uncompiled
+    torch._dynamo.config.recompile_limit = 64  # a layer's forms: train or eval, CLS alone, the smaller last batch, bf16 or not
     if hasattr(torch._functorch.config, "backward_pass_autocast"):
         torch._functorch.config.backward_pass_autocast = "off"  # else products that need full precision run in bf16
     for layer in model.layers:
@@ -147,7 +148,7 @@ def step_of(config, model, optimizer, scaler):
         correct = (logits.argmax(1) == labels).double().mean()
         return torch.stack([loss.double(), correct, measure.double()]).detach() * weight
 
-    return graphed(step) if device.type == "cuda" and world == 1 else step
+    return graphed(step) if config["graph"] and device.type == "cuda" and world == 1 else step
 
 
 def fit(config, folder, data, model, optimizer, scaler, state, bar):
@@ -240,9 +241,9 @@ def begin(config, folder):
             raise InputError(f"{last}: can't be resumed ({error}); delete it to start the run again")
     elif ranks()[0] == 0 and config["epochs"]:
         save_checkpoint(folder / "init.pt", {"config": identity(config), "model": model.state_dict()})
-    if on_gpu:
-        for group in optimizer.param_groups:  # a CUDA graph reads the learning rate from the device
-            group["lr"] = torch.tensor(config["lr"], device=device)
+    if on_gpu:  # a CUDA graph reads the learning rate from the device; the saved groups may come from a CPU
+        for group in optimizer.param_groups:
+            group |= {"lr": torch.tensor(config["lr"], device=device), "capturable": True}
     if config["compile"]:
         compile_layers(model)
     if not state["rows"]:

@@ -4,6 +4,7 @@ Prints ok or FAIL a line, then a table of milliseconds a step. Without a GPU it 
 """
 
 import copy
+import gc
 import math
 import sys
 import time
@@ -46,9 +47,10 @@ def close(name, actual, expected, tolerance):
     report(name, error < tolerance, f"relative error {error:.1e} (< {tolerance:g})")
 
 
-def new_step(device=DEVICE, compiled=False, **changes):
+def new_step(device=DEVICE, compiled=False, graph=True, **changes):
     """A model and its training step at the paper's setting, and a random batch."""
-    config = DEFAULTS | {"image_size": 32, "channels": 3, "classes": 10, "amp": "bf16" if device == "cuda" else "off"} | changes
+    config = DEFAULTS | {"image_size": 32, "channels": 3, "classes": 10, "amp": "bf16" if device == "cuda" else "off"}
+    config |= {"graph": graph} | changes
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(0)
     model = model_of(config).to(device)
@@ -74,7 +76,8 @@ def kernel():
             chosen = names[torch._fused_sdp_choice(zeros, zeros, one, None, p, False)]
             output = F.scaled_dot_product_attention(zeros, zeros, one, dropout_p=p)  # every weight is 1/64
             dropped, mean = (output == 0).double().mean().item(), 64 * output.double().mean().item()
-            right = abs(dropped - p) < 0.002 and abs(mean - 1) < 0.01
+            coarse = 1 / 256 if dtype == torch.bfloat16 else 0.002  # flash draws eight bits for each weight
+            right = abs(dropped - p) < coarse and abs(mean - 1) < 0.01
             report(f"attention, {dtype}, p = {p}: {chosen},", right, f"dropped {dropped:.4f}, mean weight {mean:.4f}")
 
 
@@ -142,31 +145,36 @@ def steps():
 
 
 def waits():
-    """Launches and waits of one step, as the profiler sees them."""
+    """Launches and waits of a step before the capture and of a replay, as the profiler sees them."""
     if DEVICE == "cpu":
         return report("waits in a step: only on CUDA", True)
     for name, (changes, layers) in CASES.items():
         _, step, batch = new_step(**changes)
-        for _ in range(5):
-            step(*batch, 1.0, layers)
-        torch.cuda.synchronize()
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            step(*batch, 1.0, layers)
-        calls = {e.key: e.count for e in profile.key_averages() if e.key.startswith("cu")}
-        waiting = sum(calls.get(key, 0) for key in ("cudaStreamSynchronize", "cudaFree", "cudaMemcpy"))
-        launches = sum(count for key, count in calls.items() if "Launch" in key)
-        report(f"waits in a step, {name}", waiting == 0, f"{waiting} waits, {launches} launches")
+        for kind, before in (
+            ("a step without graph", 2),
+            ("a replay", 2),
+        ):  # 3 steps, the last one profiled, before the capture
+            for _ in range(before):
+                step(*batch, 1.0, layers)
+            torch.cuda.synchronize()
+            activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+            with torch.profiler.profile(activities=activities) as profile:
+                step(*batch, 1.0, layers)
+            calls = {e.key: e.count for e in profile.key_averages() if e.key.startswith("cu")}
+            waiting = sum(calls.get(key, 0) for key in ("cudaStreamSynchronize", "cudaFree", "cudaMemcpy"))
+            launches = sum(count for key, count in calls.items() if "Launch" in key)
+            report(f"waits in {kind}, {name}", waiting == 0, f"{waiting} waits, {launches} launches")
 
 
 def timing():
-    """Milliseconds a step, the host alone, seconds of the first ten, peak memory: graphed on CUDA, with and without compile."""
+    """Milliseconds a step, the host alone, seconds of the first ten, peak memory: eager, graphed, and compiled in a graph."""
     count = 50 if DEVICE == "cuda" else 2
-    print("| case | compiled | ms a step | host alone | first 10, s | peak MiB |\n| --- | --- | --- | --- | --- | --- |")
+    print("| case | step | ms a step | host alone | first 10, s | peak MiB |\n| --- | --- | --- | --- | --- | --- |")
     for name, (changes, layers) in CASES.items():
-        for compiled in (False, True) if DEVICE == "cuda" else (False,):
-            _, step, batch = new_step(compiled=compiled, **changes)
+        for kind in ("eager", "graph", "compiled, graph") if DEVICE == "cuda" else ("eager",):
+            _, step, batch = new_step(compiled=kind == "compiled, graph", graph=kind != "eager", **changes)
             if DEVICE == "cuda":
+                gc.collect()  # a compiled model is part of a cycle
                 torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
             for _ in range(10 if DEVICE == "cuda" else 1):
@@ -181,7 +189,7 @@ def timing():
             ms, peak = 1e3 * (time.perf_counter() - began) / count, 0
             if DEVICE == "cuda":
                 peak = torch.cuda.max_memory_allocated() / 2**20
-            print(f"| {name} | {compiled} | {ms:.2f} | {1e3 * host / count:.2f} | {first:.1f} | {peak:.0f} |", flush=True)
+            print(f"| {name} | {kind} | {ms:.2f} | {1e3 * host / count:.2f} | {first:.1f} | {peak:.0f} |", flush=True)
 
 
 CHECKS = {"kernel": kernel, "numerics": numerics, "nan": nan, "steps": steps, "waits": waits, "time": timing}

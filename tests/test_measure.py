@@ -31,7 +31,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     flags = dict(width=12, heads=3, depth=2, patch_size=4, epochs=2, train_subset=100, lr=1e-2, log_srr_every=0)
     for name, model in (("a", "crate-c"), ("b", "crate")):
-        options = dict(preset="laptop", device="cpu", amp="off", data_dir="data", compile=False, save_every=0)
+        options = dict(preset="laptop", device="cpu", amp="off", data_dir="data", compile=False, graph=True, save_every=0)
         (config,) = resolve(flags | {"model": model}, **options).values()
         train(config, folder / name, show_progress=False)
     return folder

@@ -28,7 +28,9 @@ def config(amp="off", device="cpu", compile=False, save_every=0.0, **flags):
     """The config of a tiny run: three steps an epoch, the last of 25 images."""
     small = dict(train_subset=250, hold_out=0.1, patch_size=4, width=12, heads=3, depth=3, epochs=3, batch_size=100, lr=1e-2)
     where = dict(preset="laptop", device=torch.device(device), amp=amp, data_dir=Path("data"))
-    (one,) = resolve(small | dict(log_srr_every=0) | flags, **where, compile=compile, save_every=save_every).values()
+    (one,) = resolve(
+        small | dict(log_srr_every=0) | flags, **where, compile=compile, graph=True, save_every=save_every
+    ).values()
     return one
 
 
