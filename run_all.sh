@@ -82,7 +82,7 @@ for stage in $stages; do
       go measure.py "$runs/study" --out "$results/study_measures.csv" --jobs "$JOBS"
       go correlate.py "$results/study_measures.csv" --hyperparameters model batch_size lr dropout weight_decay --gap gap \
         --val-losses "$results/study_measures_val_losses.npz" --out "$results/study_correlation"
-      train intervention --model $models $until_low --log-srr-every 1000 --srr-reg -0.01 0 0.01 0.1 1 --seed $(seq -s " " 0 9)
+      train intervention --model $models $until_low --log-srr-every 1000 --epochs 200 --srr-reg -0.01 -0.001 0 0.001 0.01 --seed $(seq -s " " 0 9)
       train table2 --model $models --srr-reg 0 1e-3 --seed $(seq -s " " 0 19)
       ;;
     test) if [ $# -gt 0 ]; then "$python" -m pytest -q; else "$python" -m pytest -q -m "not slow and not faults and not cuda"; fi ;;
