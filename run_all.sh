@@ -37,6 +37,7 @@ go() { "$python" "$@" & child=$!; wait $child; }
 train() { go train.py --preset "$PRESET" --jobs "$JOBS" --out "$runs/$1" "${@:2}"; }
 
 runs=runs/$PRESET results=runs/$PRESET/results models="crate-c crate-n crate-t crate"
+size= # of the models of Section 6, if not the preset's
 case $PRESET in # the grid of Section 5 (Table 4); the study's ranges; the layers of Table 6; patch and pictures of stage layers
   laptop)
     grid="--width 48 96 --batch-size 32 128 --lr 1e-3 3e-3 --dropout 0 0.05 --epochs 400"
@@ -45,7 +46,8 @@ case $PRESET in # the grid of Section 5 (Table 4); the study's ranges; the layer
   cifar)
     grid="--width 96 192 --batch-size 64 128 --lr 1e-3 3e-3 --dropout 0 0.1 --epochs 200"
     study="--batch-size 32 64 128 --lr 5e-4 5e-3 --dropout 0 0.1 --weight-decay 0 0.1 --epochs 200"
-    table6="1 3 last random" layers="--patch-size 4 --train-subset 250" ;;
+    size="--patch-size 4 --width 384 --depth 12 --batch-size 32 --lr 3e-4 --epochs 15 --log-srr-every 3 --validate-every 15"
+    table6="2 4 6 8 10 last random" layers="--patch-size 4 --train-subset 250" ;;
   paper)
     grid="--width 384 768 --batch-size 64 128 --lr 1e-4 3e-4 --dropout 0 0.1 --epochs 300"
     study="--batch-size 32 64 128 --lr 5e-5 5e-4 --dropout 0 0.3 --weight-decay 0 0.1 --epochs 300"
@@ -64,12 +66,10 @@ for stage in $stages; do
         --hold-out 0.02 --seed 0 1 2 3 4 ;;
     train)
       train grid --model $models $grid $until_low --seed own                                   # Tables 1, 4, 5; Figs. 4, 6
-      train table2 --model $models --srr-reg 0 1e-3 --seed 0 1 2                               # Table 2, Fig. 2
-      train table3 --model crate-fix crate-identity crate-e vit --seed 0 1 2                   # Table 3
-      train table6 --model crate-c --srr-reg 1e-3 --srr-layer $table6 --seed 0 1 2             # Table 6
+      train table2 --model $models --srr-reg 0 1e-3 $size --seed 0 1 2                         # Table 2, Fig. 2
+      train table3 --model crate-fix crate-identity crate-e vit $size --seed 0 1 2             # Table 3
+      train table6 --model crate-c --srr-reg 1e-3 --srr-layer $table6 $size --seed 0 1 2       # Table 6
       [ "$PRESET" != paper ] || train table2-cifar100 --dataset cifar100 --model $models --srr-reg 0 1e-3 --seed 0 1 2 # Fig. 3
-      [ "$PRESET" != cifar ] || train table2-d384 --model $models crate-e --patch-size 4 --width 384 --depth 12 --epochs 15 \
-        --batch-size 32 --lr 3e-4 --log-srr-every 3 --validate-every 15 --seed 0 1 # Fig. 2 at the paper's size
       ;;
     measure) go measure.py "$runs/grid" --out "$results/measures.csv" --jobs "$JOBS" ;;
     correlate)
@@ -83,7 +83,7 @@ for stage in $stages; do
       go correlate.py "$results/study_measures.csv" --hyperparameters model batch_size lr dropout weight_decay --gap gap \
         --val-losses "$results/study_measures_val_losses.npz" --out "$results/study_correlation"
       train intervention --model $models $until_low --log-srr-every 1000 --epochs 200 --srr-reg -0.01 -0.001 0 0.001 0.01 --seed $(seq -s " " 0 9)
-      train table2 --model $models --srr-reg 0 1e-3 --seed $(seq -s " " 0 19)
+      train table2 --model $models --srr-reg 0 1e-3 $size --seed $(seq -s " " 0 19)
       ;;
     test) if [ $# -gt 0 ]; then "$python" -m pytest -q; else "$python" -m pytest -q -m "not slow and not faults and not cuda"; fi ;;
   esac
