@@ -21,7 +21,7 @@ import pandas as pd
 from crate import statistics
 from crate.cli import InputError, Parser, number, output_folder, run
 
-FILES = "correlation.csv correlation.md reliability.csv scatter.png forest.png srr.png within_between.png".split()
+FILES = "correlation.csv correlation.md reliability.csv scatter.png forest.png srr.png".split()
 
 
 def parse_arguments():
@@ -230,11 +230,10 @@ def write(folder, table, axes, strata, rows, noise, gap):
     def lines(statistic):
         return [(row["measure"], row[statistic], row[f"{statistic}_low"], row[f"{statistic}_high"]) for row in rows]
 
-    label = f"Kendall's τ with {gap}, 95 % interval"
-    figures.forest(lines("tau"), folder / "forest.png", label=label, highlight=("srr",), limits=(-1.03, 1.03))
+    taus = {"all pairs": lines("tau")}
     if strata:
-        both = {"within": lines("tau_within"), "between": lines("tau_between")}
-        figures.within_between(both, folder / "within_between.png", label=label, limits=(-1.03, 1.03))
+        taus |= {f"within {strata}": lines("tau_within"), "between": lines("tau_between")}
+    figures.forest(taus, folder / "forest.png", label=f"Kendall's τ with {gap}, 95 % interval")
 
 
 def remove_earlier(out):

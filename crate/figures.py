@@ -195,35 +195,19 @@ def srr_scatter(srr, gap, levels, path, *, gap_name, legend=None):
     save(figure, path)
 
 
-def forest(rows, path, *, label, highlight=(), limits=None):
-    """A number with its 95 % interval on every line. rows: (name, number, low, high), from top to bottom; highlight: names."""
-    figure, axis = canvas(width=6.4, height=1.1 + 0.21 * len(rows))
-    for k, (name, number, low, high) in enumerate(rows):
-        colour = COLOURS["crate-n"] if name in highlight else COLOURS["crate-c"]
-        axis.plot([low, high], [k, k], color=colour, linewidth=1.5)
-        axis.plot(number, k, "o", color=colour, markersize=4)
-    lines(axis, [row[0] for row in rows], label, limits)
-    save(figure, path)
-
-
-def lines(axis, names, label, limits):
-    """Name the lines of a plot from top to bottom."""
+def forest(taus, path, *, label):
+    """tau of each measure with its 95 % interval, a line a measure. taus: {series: rows (measure, tau, low, high)}."""
+    names = [row[0] for row in next(iter(taus.values()))]
+    figure, axis = canvas(width=6.4, height=1.4 + (0.14 + 0.09 * len(taus)) * len(names))
+    for k, ((name, rows), marker) in enumerate(zip(taus.items(), "osD")):
+        height, colour = np.arange(len(names)) + 0.26 * (k - (len(taus) - 1) / 2), list(COLOURS.values())[k]
+        _, numbers, lows, highs = zip(*rows)
+        axis.hlines(height, lows, highs, color=colour, linewidth=1.5)
+        axis.plot(numbers, height, marker, color=colour, markersize=4, label=name)
     axis.axvline(0, color=GREY, linewidth=0.8)
-    axis.set(xlim=limits, ylim=(len(names) - 0.4, -0.6))
+    axis.set(xlim=(-1.03, 1.03), ylim=(len(names) - 0.4, -0.6))
     axis.set_xlabel(label, parse_math=False)
     axis.set_yticks(range(len(names)), [short(name) for name in names], fontsize=8)
     axis.grid(axis="x", alpha=0.3)
-
-
-def within_between(taus, path, *, label, limits=None):
-    """tau within strata beside tau between them, a line a measure. taus: {"within": rows of `forest`, "between": the same}."""
-    names = [row[0] for row in taus["within"]]
-    figure, axis = canvas(width=6.4, height=1.4 + 0.28 * len(names))
-    for what, colour, marker, shift in (("within", "crate-n", "o", -0.16), ("between", "crate-c", "s", 0.16)):
-        _, numbers, lows, highs = zip(*taus[what])
-        height = np.arange(len(names)) + shift
-        axis.hlines(height, lows, highs, color=COLOURS[colour], linewidth=1.5)
-        axis.plot(numbers, height, marker, color=COLOURS[colour], markersize=4, label=what)
-    lines(axis, names, label, limits)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     save(figure, path)

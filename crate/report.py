@@ -242,8 +242,7 @@ def ranks(results, places):
             parts.append(f"### {what}\n\n{text.read_text()}")
         for name, caption in {
             "srr": "The gap against SRR",
-            "within_between": "Kendall's tau within and between model types",
-            "forest": "Kendall's tau of every measure, 95 % bootstrap interval",
+            "forest": "Kendall's tau of every measure: all pairs, within and between model types; 95 % bootstrap intervals",
             "scatter": "The gap against every measure (Figs. 4, 6)",
         }.items():
             parts.append(image(results, f"{folder}/{name}.png", f"{caption}, {what}"))

@@ -17,7 +17,7 @@ from crate import figures, statistics
 AXES = ("model", "width", "lr", "dropout")
 FLAGS = ("--hyperparameters", "model", "lr", "dropout", "--gap", "gap", "--resamples", 100)
 BY_WIDTH = (*FLAGS, "--by", "width")
-FILES = ["correlation.csv", "correlation.md", "forest.png", "scatter.png", "srr.png", "within_between.png"]
+FILES = ["correlation.csv", "correlation.md", "forest.png", "scatter.png", "srr.png"]
 
 
 def models():
@@ -44,7 +44,7 @@ def call(script, tmp_path, monkeypatch):
 
     def run(table, *flags, drawn=False):
         if not drawn:
-            for name in ("scatter", "srr_scatter", "forest", "within_between"):
+            for name in ("scatter", "srr_scatter", "forest"):
                 monkeypatch.setattr(figures, name, lambda *values, **_: [v.touch() for v in values if isinstance(v, Path)])
         text = table.to_csv(index=False) if isinstance(table, pd.DataFrame) else table
         (tmp_path / "measures.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
