@@ -198,7 +198,7 @@ def srr_scatter(srr, gap, levels, path, *, gap_name, legend=None):
 def forest(taus, path, *, label):
     """tau of each measure with its 95 % interval, a line a measure. taus: {series: rows (measure, tau, low, high)}."""
     names = [row[0] for row in next(iter(taus.values()))]
-    figure, axis = canvas(width=6.4, height=1.4 + (0.14 + 0.09 * len(taus)) * len(names))
+    figure, axis = canvas(width=6.4, height=1.4 + (0.12 + 0.06 * len(taus)) * len(names))
     for k, ((name, rows), marker) in enumerate(zip(taus.items(), "osD")):
         height, colour = np.arange(len(names)) + 0.26 * (k - (len(taus) - 1) / 2), list(COLOURS.values())[k]
         _, numbers, lows, highs = zip(*rows)
