@@ -2,7 +2,8 @@
 
     python measure.py runs/laptop/grid --out measures.csv           every finished run below the folder
     python measure.py runs/laptop/grid --groups norms srr           cheap measures alone
-    python measure.py checkpoint.pth --heads 6 --dataset cifar10    a released CRATE checkpoint
+    python measure.py checkpoint.pth --heads 6 --dataset cifar10    a released CRATE checkpoint; one with another data
+                                                                    set's classes: --groups norms srr
 
 A run's measures are kept in its folder, in measures.json, and made again where its checkpoint or --images changed. The table is
 put together from these files and replaces what lay at --out; measures stand right of the gaps, all else left of them. Beside

@@ -15,6 +15,7 @@ system, helps.
 import os
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,7 +26,19 @@ from crate.cli import COPY, InputError, Parser, copies, number, one_line, output
 from crate.data import DATASETS
 from crate.files import read_json, write_json
 from crate.model import VARIANTS
-from crate.runs import AXES, DEFAULTS, PRESETS, Busy, check_same_run, find_runs, resolve, resolve_amp, resolve_device, state
+from crate.runs import (
+    AXES,
+    DEFAULTS,
+    PRESETS,
+    Busy,
+    check_same_run,
+    find_runs,
+    locked,
+    resolve,
+    resolve_amp,
+    resolve_device,
+    state,
+)
 from crate.training import ranks, train
 
 
@@ -75,7 +88,7 @@ def parse_arguments():
     add("--srr-layer", "whose SRR is in the loss: last, all, random (one per step) or 1..L", metavar="LAYER")
     add("--srr-norm", "||Z||_0, which has no gradient, or its convex surrogate", choices=("l0", "l1"))
     add("--srr-lambda", "lambda of SRR, in the loss and in the log", type=not_negative)
-    add("--srr-gamma", "gamma of R^c, K gamma is R's, in the loss and in the log", type=above_0)
+    add("--srr-gamma", "gamma of R^c, K gamma is R's, in the loss and in the log; the layers' own step keeps 1", type=above_0)
     add("--ista-beta", "step size of ISTA, Eq. 3", type=above_0)
     add("--ista-lambda", "lambda of ISTA's threshold, Eq. 3", type=not_negative)
     add("--temperature", "of the softmax", choices=("sqrt-p", "none"))
@@ -154,27 +167,27 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     rank, world = ranks()
     jobs, all_gpus = arguments["jobs"], arguments["device"] in ("auto", "cuda")
-    with copies(jobs, torch.cuda.device_count() if all_gpus else 0) as codes:
-        torch.set_num_threads(threads_of(jobs))
-        preset, device = arguments["preset"], resolve_device(arguments["device"])
-        if preset == "auto":
-            preset = "paper" if torch.cuda.is_available() else "laptop"
-        flags = {key: value for key, value in arguments.items() if key in DEFAULTS and value is not None}
-        others = {key: arguments[key] for key in ("data_dir", "draw", "compile", "graph", "save_every")}
-        others |= {"amp": resolve_amp(arguments["amp"], device), "processes": world}
-        configs = resolve(flags, preset=preset, device=device, **others)
-        out = output_folder(arguments["out"] or Path("runs") / preset / "single")
-        for name, config in configs.items():
-            file = out / name / "config.json"
-            if file.exists():
-                check_same_run(read_json(file), config, file)
-            elif rank == 0:
-                output_folder(file.parent)
+    torch.set_num_threads(threads_of(jobs))
+    preset, device = arguments["preset"], resolve_device(arguments["device"])
+    if preset == "auto":
+        preset = "paper" if torch.cuda.is_available() else "laptop"
+    flags = {key: value for key, value in arguments.items() if key in DEFAULTS and value is not None}
+    others = {key: arguments[key] for key in ("data_dir", "draw", "compile", "graph", "save_every")}
+    others |= {"amp": resolve_amp(arguments["amp"], device), "processes": world}
+    configs = resolve(flags, preset=preset, device=device, **others)
+    out = output_folder(arguments["out"] or Path("runs") / preset / "single")
+    for name, config in configs.items():
+        file = out / name / "config.json"
+        if file.exists():
+            check_same_run(read_json(file), config, file)
+        elif rank == 0:
+            with suppress(Busy), locked(output_folder(file.parent)):
                 write_json(file, config)
-        if rank == 0 and not COPY:
-            first, done = next(iter(configs.values())), sum((out / name / "result.json").exists() for name in configs)
-            runs = f"{len(configs)} runs" if len(configs) > 1 else "1 run"
-            print(f"preset {preset}: {first['dataset']}, on {device}; {runs} in {out}, {done} finished", flush=True)
+    if rank == 0 and not COPY:
+        first, done = next(iter(configs.values())), sum((out / name / "result.json").exists() for name in configs)
+        runs = f"{len(configs)} runs" if len(configs) > 1 else "1 run"
+        print(f"preset {preset}: {first['dataset']}, on {device}; {runs} in {out}, {done} finished", flush=True)
+    with copies(jobs, torch.cuda.device_count() if all_gpus else 0) as codes:
         failures = train_all(configs, out, rank, show_progress=jobs == 1 and sys.stderr.isatty())
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -13,7 +13,8 @@ side and is *contradicted* where it is on the other side. Else there is *no effe
 margin (two one-sided tests): 0.5 points for SRR in the loss, 0.01 nats for rates at equal norm. What is left is *undecided*; an
 interval without width decides nothing: equal values of coarse accuracies are no certainty. A *finding* is a number about which
 the paper claims nothing. Intervals and p-values are those of the t test over seeds; rank correlations have bootstrap intervals
-over models and p-values of permutations (crate/statistics.py). p is two-sided and adjusted within each section (Holm).
+over models and p-values of permutations (crate/statistics.py). p is two-sided and adjusted within each section (Holm);
+where that leaves it at 0.05 or more, the verdict is called *unadjusted*.
 """
 NORMS = {"after": ("", None), "after_equal_norm": (", at equal norm", NATS)}
 

@@ -35,27 +35,27 @@ VARIANTS = {
 }
 
 
-# What the heads are: functions of (mssa, tokens (B, N, d), first, p) that give (B, K, N, p), or of the first tokens alone.
-# p is the probability with which an attention weight is dropped.
+# What the heads are: functions of (mssa, tokens (B, N, d), first, drop) that give (B, K, N, p), or of the first tokens alone.
+# An attention weight is dropped with probability `drop`.
 
 
-def subspace_heads(mssa, tokens, first, p):
+def subspace_heads(mssa, tokens, first, drop):
     """Eq. 4: V_k softmax(V_k^T V_k) with V_k = U_k^T Z."""
     V = split_heads(mssa.U(tokens), mssa.heads)
     if first is None:
-        return self_attention(V, mssa.scale, p)
-    return F.scaled_dot_product_attention(V[..., :first, :], V, V, dropout_p=p, scale=mssa.scale)
+        return self_attention(V, mssa.scale, drop)
+    return F.scaled_dot_product_attention(V[..., :first, :], V, V, dropout_p=drop, scale=mssa.scale)
 
 
-def exact_heads(mssa, tokens, first, p):
+def exact_heads(mssa, tokens, first, drop):
     """The heads' part of grad R^c (Eq. 6). There is no softmax, so none of its dropout."""
     return subspace_gradient(split_heads(mssa.U(tokens), mssa.heads))[..., :first, :]
 
 
-def standard_heads(mssa, tokens, first, p):
+def standard_heads(mssa, tokens, first, drop):
     """A standard transformer's attention, whose query matrix is U."""
     query, key, value = (split_heads(matrix(tokens), mssa.heads) for matrix in (mssa.U, mssa.key, mssa.value))
-    return F.scaled_dot_product_attention(query[..., :first, :], key, value, dropout_p=p, scale=mssa.scale)
+    return F.scaled_dot_product_attention(query[..., :first, :], key, value, dropout_p=drop, scale=mssa.scale)
 
 
 HEADS = {"U": subspace_heads, "exact": exact_heads, "QKV": standard_heads}
@@ -94,9 +94,9 @@ class MSSA(nn.Module):
 
     def forward(self, tokens, first=None):
         """(B, N, d) -> (B, N, d), or (B, first, d): the first tokens alone, which still attend to all."""
-        p = self.dropout if self.training else 0.0
-        heads = self.attend(self, tokens, first, p)  # (B, K, N, p)
-        return dropout(self.merge(merge_heads(heads)), p)
+        drop = self.dropout if self.training else 0.0
+        heads = self.attend(self, tokens, first, drop)  # (B, K, N, p)
+        return dropout(self.merge(merge_heads(heads)), drop)
 
 
 class ISTA(nn.Module):

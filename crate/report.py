@@ -381,6 +381,9 @@ def write_report(results):
     claimed = pd.DataFrame([row for found, _ in sections for row in found if row["n"]])
     if len(claimed):
         claimed["p_holm"] = claimed.groupby("section")["p_value"].transform(holm)
+        claimed.loc[claimed["verdict"].isin(["holds", "contradicted"]) & (claimed["p_holm"] >= 0.05), "verdict"] += (
+            " (unadjusted)"
+        )
         write_text(results / "claims.csv", claimed.to_csv(index=False, float_format="%.6g"))
         text = section("The paper's claims on these runs", claims.RULE, claims_table(claimed.to_dict("records"))) + text
     title = "# Report: " + (", ".join(Path(name).name for name in runs["dataset"].unique()) or "no runs")

@@ -195,7 +195,7 @@ def check_same_run(there, now, where):
     there, now = identity(there), identity(now)
     for key in sorted(there.keys() | now.keys()):
         if there.get(key) != now.get(key):
-            cure = f"match --{key.replace('_', '-')} or change --out"
+            cure = f"match --{key.replace('_', '-')} or change --out" if key in DEFAULTS else "change --out"
             raise InputError(f"{where}: {key} is {there.get(key)} there but {now.get(key)} now; {cure}")
 
 

@@ -7,6 +7,7 @@ Eq. 14, in any training loop, is then one expression; the tokens that enter the 
 
 import math
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ class Parts(NamedTuple):
 def parts(tokens, U, heads, gamma=1.0):
     """||Z||_0, R^c(Z; U) and R(Z) (Eq. 1) of tokens (B, N, d), per image. One eps for both rates: R's coefficient is K gamma.
 
-    U: (d, d), its columns [U_1 .. U_K]. Raises ValueError where tokens are not finite (NaN instead on CUDA).
+    U: (d, d), its columns [U_1 .. U_K]. gamma = p / (N eps^2) with p = d / K; the paper sets it to 1, whatever N. Raises
+    ValueError where tokens are not finite (NaN instead on CUDA).
     """
     rate = coding_rate(tokens, heads * gamma)
     return Parts((tokens != 0).sum((-2, -1)).to(rate.dtype), subspace_coding_rate(tokens, U, heads, gamma), rate)
@@ -34,8 +36,8 @@ def parts(tokens, U, heads, gamma=1.0):
 def srr(tokens, U, heads, *, sparsity=0.1, gamma=1.0, norm="l0"):
     """The SRR measure of tokens (B, N, d), per image: (B,), lower is better (Eq. 1, negated).
 
-    sparsity ||Z|| + R^c(Z; U) - R(Z), `sparsity` being lambda. norm "l0" counts non-zeros, which has no gradient; "l1" is its
-    convex surrogate. Differentiable in tokens and U (d, d). Raises ValueError where tokens are not finite (NaN on CUDA).
+    sparsity ||Z|| + R^c(Z; U) - R(Z), `sparsity` being lambda; gamma: see `parts`. norm "l0" counts non-zeros, which has no
+    gradient; "l1" is its convex surrogate. Differentiable in tokens and U (d, d). Raises ValueError as `parts` does.
     """
     if norm not in ("l0", "l1"):
         raise ValueError(f"norm {norm!r} is unknown; choose l0 or l1")
@@ -51,18 +53,19 @@ def record(layers):
         with record(layers) as (inputs, outputs):
             network(images)
 
-    fills both lists, one tensor a layer. Of a layer that takes or returns several things, the first counts. The hooks are gone
-    after the block, also after an error.
+    fills both lists, one tensor a layer, in the order of `layers`; None for one that isn't called, the last call counts. Of a
+    layer that takes or returns several things, the first counts. The hooks are gone after the block, also after an error.
     """
-    inputs, outputs, handles = [], [], []
+    layers = list(layers)
+    inputs, outputs, handles = [None] * len(layers), [None] * len(layers), []
 
-    def keep(module, arguments, keywords, result):
-        inputs.append(arguments[0] if arguments else next(iter(keywords.values())))
-        outputs.append(result[0] if isinstance(result, tuple) else result)
+    def keep(place, module, arguments, keywords, result):
+        inputs[place] = arguments[0] if arguments else next(iter(keywords.values()))
+        outputs[place] = result[0] if isinstance(result, tuple) else result
 
     try:
-        for layer in layers:
-            handles.append(layer.register_forward_hook(keep, with_kwargs=True))
+        for place, layer in enumerate(layers):
+            handles.append(layer.register_forward_hook(partial(keep, place), with_kwargs=True))
         yield inputs, outputs
     finally:
         for handle in handles:

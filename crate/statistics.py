@@ -313,7 +313,7 @@ def compare_with_srr(rows, point, samples):
     """
     names = [row["measure"] for row in rows]
     srr = names.index("srr")
-    own = ("srr", "baseline_")
+    own = ("srr", "baseline_", "rate_subspaces")
     rivals = [k for k, row in enumerate(rows) if not row["measure"].startswith(own) and math.isfinite(row["tau"])]
 
     def ahead(values, others):
@@ -353,7 +353,8 @@ def correlate(
     (rows, images): every resample draws the images anew, too.
 
     tau is tau-a; `ties` counts pairs tied in the measure or the gap. *_low, *_high: 95 % percentile bootstrap over settings,
-    for tau_within and tau_between inside strata. p_value, p_within: permutation tests; p_holm: for the number of measures.
+    for tau_within and tau_between inside strata. p_value, p_within: permutation tests; p_holm: for the number of measures,
+    of which SRR's variants and parts and the baselines are none.
     sign_p_<axis>: exact sign test over pairs of settings that differ on this axis alone, too sure with more than two levels.
 
     Raises ValueError; its message begins with the name of the argument that is wrong.
@@ -392,7 +393,8 @@ def correlate(
         drawn = averages(mu, gaps, draws, i, j, {statistic: groups[statistic] for statistic in statistics})
         samples |= {statistic: mean_of_finite(values) for statistic, values in drawn.items()}
         p[column] = permutation_p_values(mu, g, inside, resamples, generator)
-    p["p_holm"] = holm(p["p_value"])
+    counted = [name == "srr" or not name.startswith(("srr_", "baseline_")) for name in measures]
+    p["p_holm"] = holm(np.where(counted, p["p_value"], math.nan))
 
     first = ["measure", "models", "tau", "tau_low", "tau_high", "p_value", "tau_b", "ties", *psi, "Psi", "K"]
     first += ["sign_error_mean", "sign_error_max", "p_holm", "Psi_low", "Psi_high"]

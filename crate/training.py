@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from crate.cli import InputError, one_line
 from crate.data import DROPOUT, batches, data_of, mixed_seed
-from crate.files import save_checkpoint, write_bytes, write_json, write_text
+from crate.files import read_json, save_checkpoint, write_bytes, write_json, write_text
 from crate.kernels import graphed
-from crate.runs import check_same_run, checksum, identity, load_weights, locked, model_of, read_json, read_run, srr_layers
+from crate.runs import check_same_run, checksum, identity, load_weights, locked, model_of, read_run, srr_layers
 from crate.srr import layer_srr, operator_rates, record, srr
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,9 +71,8 @@ def training_loss(model, data, enough, chunk=256):
 
 
 def rates_by_layer(model, data, config, operators):
-    """What log.jsonl has of SRR: {"srr", "srr_val"}: layer_srr on training and on validation images, {"operators"}.
-
-    A rate that can't be computed is None, with a warning: a log must not end a run.
+    """What log.jsonl has of SRR: {"srr", "srr_val"}: layer_srr on training and on validation images; with `operators`, also
+    {"operators"}: operator_rates. All None, with a warning, where a rate can't be computed: a log must not end a run.
     """
     train, val = (data.prepare(images[:SRR_IMAGES]) for images in (data.train_images, data.val_images))
     coefficients = {"sparsity": config["srr_lambda"], "gamma": config["srr_gamma"]}
@@ -90,7 +89,8 @@ def rates_by_layer(model, data, config, operators):
 
 def finished(state, config):
     """Whether a run has come to its end: all epochs, or the stopping criterion."""
-    return state["epoch"] >= config["epochs"] or state["checked_loss"] < (config["stop_at_loss"] or 0)
+    target = config["stop_at_loss"] or 0  # no loss is below 0
+    return state["epoch"] >= config["epochs"] or state["checked_loss"] < target
 
 
 def log_epoch(row, state, config, data, model, began):
@@ -188,6 +188,9 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
                 # How far above the target the loss is matters at an epoch's end, up to 0.05: the next epoch's checks.
                 enough = max(target, 0.05) if len(results) == steps_per_epoch else target
                 state["checked_loss"] = training_loss(model, data, enough)
+                if world > 1:  # all ranks stop at the same step, whatever their rounding
+                    dist.broadcast(checked := torch.tensor(state["checked_loss"], dtype=torch.float64), 0)
+                    state["checked_loss"] = checked.item()
                 model.train()
                 if state["checked_loss"] < target:
                     break

@@ -102,13 +102,16 @@ def test_record_any_modules_and_leave_no_trace():
     Z = torch.randn(2, 5, 4)
     with record(blocks) as (inputs, outputs):
         first = blocks[0](Z)[0]
-        blocks[2](tokens=first, mask=None)  # one that isn't called, one by keyword
-    assert len(inputs) == len(outputs) == 2
-    assert inputs[0] is Z and outputs[0] is first and inputs[1] is first and outputs[1].shape == Z.shape
+        last = blocks[2](tokens=first, mask=None)[0]  # one that isn't called, one by keyword
+    assert inputs[0] is Z and outputs[0] is first and inputs[2] is first and outputs[2] is last
+    assert len(inputs) == len(outputs) == 3 and inputs[1] is outputs[1] is None
+    with record(reversed(blocks[:2])) as (inputs, outputs):  # the list's order, not that of the calls
+        middle = blocks[1](blocks[0](Z)[0])[0]
+    assert inputs[1] is Z and outputs[0] is middle
     with pytest.raises(RuntimeError), record(blocks) as (inputs, _):
         blocks[0](torch.randn(2, 5, 7))
     blocks[0](Z)
-    assert not inputs and all(not block._forward_hooks for block in blocks)
+    assert inputs == [None] * 3 and all(not block._forward_hooks for block in blocks)
 
 
 # Every layer of our models
