@@ -132,6 +132,8 @@ def test_p_values_are_adjusted_within_a_section(reported):
             so_far = max(so_far, min(1, row.p_value * (len(own) - k)))
             assert row.p_holm == pytest.approx(so_far, rel=1e-4)
     assert table.loc[table["verdict"] == "finding", "p_holm"].isna().all()
+    decided = table[table["verdict"].str.contains("holds|contradicted")]
+    assert (decided["verdict"].str.endswith(" (unadjusted)") == (decided["p_holm"] >= 0.05)).all()
 
 
 def test_figures(reported):

@@ -236,6 +236,7 @@ def test_srr_against_its_rivals():
     assert srr["share_first"] == pytest.approx((1 - (1 - 1 / 32) ** 32) ** 2, abs=0.08)  # both neighbours are drawn
     assert far["diff_srr"] == far["diff_srr_low"] == far["diff_srr_psi_lr"] == far["diff_srr_psi_lr_high"] == 2
     assert rate["diff_srr"] == rate["diff_srr_low"] == rate["diff_srr_high"] == 0
+    assert math.isnan(rate["p_holm"]) and srr["p_holm"] == pytest.approx(3 * srr["p_value"])  # srr, near and far are counted
     assert srr["lead_within"] == pytest.approx(1 - near["tau_within"])
     assert srr["lead_psi_model"] == pytest.approx(1 - near["psi_model"])
 
