@@ -139,8 +139,6 @@ def copies(jobs, gpus):
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = visible[job % gpus]
         processes.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
-    if gpus and jobs > 1 and not COPY:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
     try:
         yield codes
         ended = [process.wait() for process in processes]
