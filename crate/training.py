@@ -55,19 +55,21 @@ def evaluate(model, data, images, labels, chunk=256):
 
 
 @torch.no_grad()
-def training_loss(model, data, enough, chunk=256):
-    """Mean cross-entropy over the training set as `evaluate` has it, or a lower bound of at least `enough`: a float.
+def training_loss(model, data, enough, known, chunk=128):
+    """Mean cross-entropy over the training set as `evaluate` has it, or `enough` where it is at least that: a float.
 
-    Losses are positive, so the first images alone may show that the mean is too high. A GPU is waited for once a chunk.
+    known (m,): the images' losses at the last checks, brought up to date. Losses are positive and a few images have most of
+    them, so those that were hardest often show that the mean is too high. A GPU is waited for once a chunk.
     """
     model.eval()
-    chunk *= 16 if data.train_labels.is_cuda else 1
-    total, count = 0.0, len(data.train_labels)
-    for images, labels in zip(data.train_images.split(chunk), data.train_labels.split(chunk)):
-        total += F.cross_entropy(model(data.prepare(images)).double(), labels, reduction="sum").item() / count
+    total, order = 0.0, known.argsort(descending=True, stable=True)
+    for rows in order.split(chunk * 32 if known.is_cuda else chunk):
+        outputs = model(data.prepare(data.train_images[rows])).double()
+        known[rows] = F.cross_entropy(outputs, data.train_labels[rows], reduction="none")
+        total += known[rows].sum().item() / len(known)
         if total >= enough:
-            break
-    return total
+            return enough
+    return known.mean().item()
 
 
 def rates_by_layer(model, data, config, operators):
@@ -187,7 +189,7 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
             if target is not None and len(results) in check_after:
                 # How far above the target the loss is matters at an epoch's end, up to 0.05: the next epoch's checks.
                 enough = max(target, 0.05) if len(results) == steps_per_epoch else target
-                state["checked_loss"] = training_loss(model, data, enough)
+                state["checked_loss"] = training_loss(model, data, enough, state["losses"])
                 if world > 1:  # all ranks stop at the same step, whatever their rounding
                     dist.broadcast(checked := torch.tensor(state["checked_loss"], dtype=torch.float64), 0)
                     state["checked_loss"] = checked.item()
@@ -232,14 +234,16 @@ def begin(config, folder):
     others = {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, others], lr=config["lr"], fused=True, capturable=on_gpu)
     scaler = torch.amp.GradScaler(device.type, enabled=config["amp"] == "fp16")
-    # checked_loss: cross-entropy over the training set at the last check of the stopping criterion.
+    # For the stopping criterion: cross-entropy over the training set at its last check, and that of each training image.
     state = {"epoch": 0, "step": 0, "checked_loss": math.inf, "rows": []}
+    state["losses"] = torch.zeros(len(data.train_labels), dtype=torch.float64, device=device)
     if last.exists():
         saved = load_weights(model, last, config)
         try:
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved["scaler"])
             state = {key: saved[key] for key in state}
+            state["losses"] = state["losses"].to(device)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{last}: can't be resumed ({error}); delete it to start the run again")
     elif ranks()[0] == 0 and config["epochs"]:

@@ -280,10 +280,13 @@ def test_evaluation_and_the_training_loss_agree(tmp_path):
     torch.testing.assert_close(losses, F.cross_entropy(logits, data.train_labels, reduction="none"), rtol=1e-5, atol=1e-5)
     assert accuracy == (logits.argmax(1) == data.train_labels).double().mean()
     for chunk, enough in itertools.product((10, 1000), (math.inf, 1.001 * mean)):
-        assert training_loss(model.train(), data, enough, chunk) == pytest.approx(mean)
+        known = torch.rand(len(losses), dtype=torch.float64)  # in whatever order the images come
+        assert training_loss(model.train(), data, enough, known, chunk) == pytest.approx(mean)
+        torch.testing.assert_close(known, losses, rtol=1e-5, atol=1e-5)
     model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    bound = training_loss(model, data, mean / 2, 10)
-    assert mean / 2 <= bound < 0.7 * mean and sum(seen) < 0.7 * len(losses)
+    assert training_loss(model, data, mean / 2, known, 10) == mean / 2
+    hardest = losses.sort(descending=True).values.cumsum(0) / len(losses)
+    assert sum(seen) == 10 * math.ceil((1 + (hardest < mean / 2).sum().item()) / 10)
 
 
 # What is not finite
