@@ -81,16 +81,6 @@ def find_models(arguments):
     return finished, files, names
 
 
-def check_data(folders, data_dir, device):
-    """Load the data set of the first of these runs that can be read: if it isn't there, that is told once, before the work."""
-    for folder in folders:
-        try:
-            config, _ = read_run(folder)
-        except (InputError, OSError):  # told when its turn comes
-            continue
-        return data_of(config, data_dir, device)
-
-
 def checksum(file):
     """The first 16 digits of the SHA-256 of a file; None where it isn't there."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.exists() else None
@@ -234,7 +224,6 @@ def main():
     counts = f"{len(finished + files)} models, {len(finished + files) - len(todo)} measured already"
     if not COPY:
         print(f"{counts}; on {device}, searches on {images} images", flush=True)
-    check_data(todo, arguments.data_dir, device)
     jobs, gpus = min(arguments.jobs, len(todo) or 1), torch.cuda.device_count() if device == torch.device("cuda") else 0
     with copies(jobs, gpus) as codes:
         torch.set_num_threads(threads_of(jobs))

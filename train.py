@@ -144,8 +144,6 @@ def train_all(configs, out, rank, show_progress):
                     raise  # the other ranks would wait for this one
                 if len(names) == 1:
                     tqdm.write(f"{error}; left to it")
-            except BrokenPipeError:  # nobody reads what is printed
-                raise
             except (ValueError, RuntimeError, OSError) as error:
                 if dist.is_initialized():
                     raise InputError(one_line(error, out / name))

@@ -56,9 +56,6 @@ def run(main):
     try:
         code = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # `train.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
     except KeyboardInterrupt as interrupt:
         number = signal.Signals(interrupt.args[0] if interrupt.args else signal.SIGINT)
         code, message = 128 + number, f"stopped by {number.name}; run the same command again to go on"

@@ -5,6 +5,7 @@ last failure, until the run is started again), val_losses.npy (of each validatio
 last: without it a run is unfinished.
 """
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -199,19 +200,12 @@ def check_same_run(there, now, where):
             raise InputError(f"{where}: {key} is {there.get(key)} there but {now.get(key)} now; {cure}")
 
 
-def checksum(config):
-    """What result.json repeats of the config that the run was trained with."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
-
-
 def read_run(folder):
-    """config.json and result.json of a finished run. Raises InputError where either is missing, malformed or was changed."""
+    """config.json and result.json of a finished run. Raises InputError where either is missing or malformed."""
     config, result = (read_json(Path(folder) / name) for name in ("config.json", "result.json"))
-    needed = {"epochs", "steps", "reached_target", "gap", "gap_accuracy", "val_accuracy", "seconds", "config_checksum"}
+    needed = {"epochs", "steps", "reached_target", "gap", "gap_accuracy", "val_accuracy", "seconds"}
     if missing := needed - result.keys():
         raise InputError(f"{folder}/result.json: {', '.join(sorted(missing))} missing; delete the file and train again")
-    if result["config_checksum"] != checksum(config):
-        raise InputError(f"{folder}/config.json: not what this run was trained with; restore it, or delete the folder")
     return config, result
 
 
@@ -270,7 +264,6 @@ def locked(folder):
 
     A POSIX lock: it ends with the process, however that ends, and processes started from this one don't inherit it.
     """
-    fcntl = _fcntl()
     path = Path(folder) / ".lock"
     with open(path, "a+") as stream:
         for _ in range(10):  # `lock_holder` may have it for an instant
@@ -289,17 +282,8 @@ def locked(folder):
         yield
 
 
-def _fcntl():
-    try:
-        import fcntl
-    except ImportError:
-        raise InputError("run folders are locked with POSIX locks, which this system lacks; use Linux, macOS or WSL")
-    return fcntl
-
-
 def lock_holder(folder):
     """Who holds `folder` ("host .., process .."), or None."""
-    fcntl = _fcntl()
     with suppress(FileNotFoundError), open(Path(folder) / ".lock") as stream:
         try:
             fcntl.lockf(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)

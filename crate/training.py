@@ -23,7 +23,7 @@ from crate.cli import InputError, one_line
 from crate.data import DROPOUT, batches, data_of, mixed_seed
 from crate.files import read_json, save_checkpoint, write_bytes, write_json, write_text
 from crate.kernels import graphed
-from crate.runs import check_same_run, checksum, identity, load_weights, locked, model_of, read_run, srr_layers
+from crate.runs import check_same_run, identity, load_weights, locked, model_of, read_run, srr_layers
 from crate.srr import layer_srr, operator_rates, record, srr
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -278,7 +278,7 @@ def finish(config, folder, data, model, state):
         "reached_target": None if config["stop_at_loss"] is None else state["checked_loss"] < config["stop_at_loss"],
         "epochs": state["epoch"], "steps": state["step"], **evaluated,
         "train_srr": [measures[0], measures[-1]] if measures else None,  # of the first and the last epoch
-        "seconds": round(sum(row["seconds"] for row in state["rows"]), 3), "config_checksum": checksum(config),
+        "seconds": round(sum(row["seconds"] for row in state["rows"]), 3),
     }  # fmt: skip
     if ranks()[0] == 0:
         array = io.BytesIO()

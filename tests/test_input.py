@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import random
-import signal
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from crate import cli, training
 from crate.model import VARIANTS
 from crate.runs import DEFAULTS, resolve, run_name
 from tests.conftest import assert_refused
-from tests.processes import ROOT, SMALL, Train, command, environment, outcome
+from tests.processes import SMALL, Train, environment, outcome
 
 TINY = ("train", *SMALL, "--epochs", 1, "--log-srr-every", 0)
 
@@ -174,41 +171,6 @@ def test_ranks_without_torchrun(tmp_path):
     ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     code, text = Train(tmp_path, "--epochs", 1, fault=(environment, ranks)).wait()
     assert code == 0 and len(outcome(tmp_path)) == 1, text
-
-
-@pytest.mark.parametrize("buffering", [-1, 1])
-def test_a_reader_that_leaves(script, tmp_path, monkeypatch, buffering):
-    """train.py ... | head -1: it stops without a word, and no run has failed."""
-    reader, writer = os.pipe()
-    monkeypatch.setattr("sys.stdout", os.fdopen(writer, "w", buffering))
-    leave = threading.Thread(target=lambda: (os.read(reader, 1), os.close(reader)))
-    leave.start()
-    code, _, error = script(*TINY, "--seed", 0, 1, 2, 3, "--out", tmp_path)
-    leave.join()
-    assert code == 128 + signal.SIGPIPE and "error" not in error and not list(tmp_path.glob("*/error.txt"))
-
-
-def test_a_terminal_that_knows_ascii_alone(tmp_path):
-    """And a backend for matplotlib that there isn't. It trains, says why it can't, and says so again to --status."""
-    program = """if True:
-        import pathlib, runpy, sys
-        out = pathlib.Path(sys.argv[1])
-        for sys.argv in (["train.py", *sys.argv[2:], "--out", str(out)],) * 2 + (["train.py", "--status", str(out)],):
-            try:
-                runpy.run_path("train.py", run_name="__main__")
-            except SystemExit as stop:
-                print("code", stop.code or 0)
-            for result in out.glob("*/result.json"):
-                result.unlink()
-                (result.parent / "last.pt").write_text("")"""
-    settings = dict(LC_ALL="C", PYTHONIOENCODING="", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", MPLBACKEND="nonsense")
-    words = (sys.executable, "-c", program, tmp_path / "ü", *TINY[1:])
-    with command(ROOT, tmp_path / "text", *words, **settings) as process:
-        process.wait(60)
-    text = (tmp_path / "text").read_text()
-    codes = [line for line in text.splitlines() if line.startswith("code ")]
-    assert "Traceback" not in text and codes == ["code 0", "code 2", "code 0"], text
-    assert text.count("last.pt: is empty") == 2, text
 
 
 # Flags
