@@ -34,6 +34,7 @@ def parse_arguments():
     add("--seed-column", metavar="COLUMN", help="statistics per seed, then averaged (default: seed, if there is one; or: none)")
     add("--by", metavar="COLUMN", help="also each value alone; one more hyperparameter of all rows (default: none)")
     add("--strata", metavar="COLUMN", help="tau within and between them (default: model, if a hyperparameter; or: none)")
+    add("--controls", nargs="+", default=[], metavar="COLUMN", help="rank correlation given these, too (default: none)")
     add("--val-losses", metavar="FILE.npz", help="run (names), losses (runs, images): resample images, too (default: none)")
     add("--resamples", type=number(int, 1), default=10_000, help="and permutations (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of resamples and permutations (default: %(default)s)")
@@ -83,7 +84,7 @@ def check_columns(arguments, columns):
     for argument in ("seed_column", "strata"):
         if getattr(arguments, argument) == "none":
             setattr(arguments, argument, None)
-    for argument in ("hyperparameters", "gap", "measures", "seed_column", "by", "strata"):
+    for argument in ("hyperparameters", "gap", "measures", "seed_column", "by", "strata", "controls"):
         names, flag = getattr(arguments, argument) or [], f"--{argument.replace('_', '-')}"
         names = [names] if isinstance(names, str) else names
         for name in names:
@@ -154,7 +155,7 @@ def analyse(table, axes, measures, losses, arguments):
     with flagged():
         rows = statistics.correlate(
             table, axes, arguments.gap, measures, seed_column=arguments.seed_column, strata=strata, val_losses=losses,
-            resamples=arguments.resamples, rng=arguments.seed,
+            controls=arguments.controls, resamples=arguments.resamples, rng=arguments.seed,
         )  # fmt: skip
     if not any(math.isfinite(row["tau"]) for row in rows):
         raise InputError("--measures: none is finite for 3 models or more")
@@ -169,11 +170,13 @@ def value(row, column, form="+.3f"):
     return text + (f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else "")
 
 
-def markdown(table, axes, strata, rows, gap):
+def markdown(table, axes, strata, rows, gap, controls):
     """The statistics in the layout of Tables 1 and 5, with intervals, and what they are."""
     columns = {f"psi_{axis}": axis for axis in axes} | {"Psi": "Psi", "tau": "tau"}
     if strata:
         columns |= {"tau_within": f"tau within {strata}", "tau_between": "tau between"}
+    if controls:
+        columns["partial"] = f"Spearman's rho given {', '.join(controls)}"
     forms = {"p_value": ".2g", "p_holm": ".2g", "K": ".3f", "sign_error_mean": ".3f"}
     header = ["measure", *columns.values(), "p", "p (Holm)", "K", "sign error, mean", "models", "note"]
     lines = [header, ["---"] * len(header)]
@@ -202,14 +205,14 @@ def csv_text(rows):
     return pd.DataFrame(rows).to_csv(index=False, na_rep="nan", lineterminator="\n")
 
 
-def write(folder, table, axes, strata, rows, noise, gap):
+def write(folder, table, axes, strata, rows, noise, gap, controls):
     """Write and draw what `analyse` found, and say it in one line."""
     from crate import figures  # both take a second to import
     from crate.files import write_text
 
     best = rows[0]
     write_text(folder / "correlation.csv", csv_text(rows))
-    write_text(folder / "correlation.md", markdown(table, axes, strata, rows, gap))
+    write_text(folder / "correlation.md", markdown(table, axes, strata, rows, gap, controls))
     line = f"{folder}: {len(table)} models, {len(rows)} measures, {best['resamples']} resamples; "
     line += f"highest tau: {best['measure']} {value(best, 'tau')}"
     if noise:
@@ -268,6 +271,8 @@ def main():
     with flagged():
         for name in measures:
             table[name] = statistics.numbers(table, name)
+        for name in arguments.controls:
+            table[name] = statistics.numbers(table, name, "controls")
     if arguments.seed_column and table[arguments.seed_column].is_unique:
         print(f"every run has a {arguments.seed_column} of its own: all pairs of models count")
     losses = read_losses(arguments.val_losses, table) if arguments.val_losses else None
@@ -286,7 +291,7 @@ def main():
     remove_earlier(out)
     for folder, result in results.items():
         output_folder(folder)
-        write(folder, *result, gap)
+        write(folder, *result, gap, arguments.controls)
 
 
 if __name__ == "__main__":

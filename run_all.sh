@@ -40,9 +40,9 @@ runs=runs/$PRESET results=runs/$PRESET/results models="crate-c crate-n crate-t c
 size= # of the models of Section 6, if not the preset's
 case $PRESET in # the grid of Section 5 (Table 4); the study's ranges; the layers of Table 6; patch and pictures of stage layers
   laptop)
-    grid="--width 48 96 --batch-size 32 128 --lr 1e-3 3e-3 --dropout 0 0.05 --epochs 400"
+    grid="--width 48 96 --batch-size 32 128 --lr 1e-3 3e-3 --dropout 0 0.02 --epochs 400"
     study="--batch-size 16 32 64 128 --lr 7e-4 7e-3 --dropout 0 0.1 --weight-decay 0 0.1 --epochs 400"
-    table6="1 2 3 last random" layers="--patch-size 2 --train-subset 128" ;;
+    table6="1 2 3 last random" layers="--patch-size 2 --train-subset 100" ;;
   cifar)
     grid="--width 96 192 --batch-size 64 128 --lr 1e-3 3e-3 --dropout 0 0.1 --epochs 200"
     study="--batch-size 32 64 128 --lr 5e-4 5e-3 --dropout 0 0.1 --weight-decay 0 0.1 --epochs 200"
@@ -81,6 +81,7 @@ for stage in $stages; do
       train study --model crate-fix crate-identity crate-e vit --draw 10 $study $until_low --seed own
       go measure.py "$runs/study" --out "$results/study_measures.csv" --jobs "$JOBS"
       go correlate.py "$results/study_measures.csv" --hyperparameters model batch_size lr dropout weight_decay --gap gap \
+        --controls baseline_steps params \
         --val-losses "$results/study_measures_val_losses.npz" --out "$results/study_correlation"
       train intervention --model $models $until_low --log-srr-every 1000 --epochs 200 --srr-reg -0.01 -0.001 0 0.001 0.01 --seed $(seq -s " " 0 9)
       train table2 --model $models --srr-reg 0 1e-3 $size --seed $(seq -s " " 0 19)

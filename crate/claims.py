@@ -153,7 +153,10 @@ OF_THE_LARGER_WIDTH = OF_EACH_WIDTH + [
     ("SRR is below PAC-Bayes flatness on model types, {}: psi minus its psi", -1, "diff_srr_psi_model", ["pacbayes_flatness"]),
 ]
 ACROSS_WIDTHS = [("Beyond the paper, SRR across widths: tau", 0, "tau", ["srr"])]
-OF_THE_STUDY = [("Beyond the paper, the study: SRR ranks within types, tau", +1, "tau_within", ["srr"])]
+OF_THE_STUDY = [
+    ("Beyond the paper, the study: SRR ranks within types, tau", +1, "tau_within", ["srr"]),
+    ("Beyond the paper, the study: SRR ranks given steps and parameters, Spearman's rho", +1, "partial", ["srr"]),
+]
 
 
 def rank_claims(table, claims, note, width=""):

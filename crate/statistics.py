@@ -232,6 +232,20 @@ def point_statistics(mu, g, models, i, j, groups, hyperparameters):
     return row
 
 
+def partial_correlation(mu, g, controls, weights):
+    """Spearman's rank correlation of mu and g (n,) given the controls (c, n), all of them ranks, NaN where missing: (R,).
+
+    weights (n, R): how often each model counts; a resample keeps the ranks among all models.
+    """
+    values = np.stack([mu, g, *controls])
+    present = np.isfinite(values).all(axis=0)
+    values, weights = values[:, present], weights[present] / weights[present].sum(axis=0)
+    means = values @ weights  # (2 + c, R)
+    covariance = np.einsum("an,bn,nr->rab", values, values, weights, optimize=True) - np.einsum("ar,br->rab", means, means)
+    precision = np.linalg.pinv(covariance, rcond=1e-9, hermitian=True)  # of a control that is constant, too
+    return -precision[:, 0, 1] / np.sqrt(precision[:, 0, 0] * precision[:, 1, 1])
+
+
 def interval(values):
     """The 95 % percentile interval of the finite values; two NaN if there are none."""
     values = values[np.isfinite(values)]
@@ -320,7 +334,7 @@ def compare_with_srr(rows, point, samples):
         return values[srr] - np.fmax.reduce(values[others])
 
     for statistic in samples:
-        if statistic in ("Psi", "tau_between"):
+        if statistic in ("Psi", "tau_between", "partial"):
             continue
         suffix = f"_{statistic}".removeprefix("_tau")
         compared = [(row, f"diff_srr{suffix}", [k]) for k, row in enumerate(rows)]
@@ -344,13 +358,15 @@ def ranked(table, measures, seed):
 
 
 def correlate(
-    table, hyperparameters, gap, measures, *, seed_column=None, strata=None, val_losses=None, resamples=10_000, rng=0
+    table, hyperparameters, gap, measures, *, seed_column=None, strata=None, controls=(), val_losses=None, resamples=10_000,
+    rng=0,
 ):  # fmt: skip
     """One row (dict) per measure, in the given order: its rank statistics against the column `gap`.
 
     table: a DataFrame or a list of dicts, a row per model; a missing gap drops it, a measure that isn't finite for this
-    measure. With a seed_column statistics are per seed, then averaged. strata: a column, such as the model type. val_losses
-    (rows, images): every resample draws the images anew, too.
+    measure. With a seed_column statistics are per seed, then averaged. strata: a column, such as the model type. controls:
+    columns, given which there is a partial rank correlation over all models, `partial`. val_losses (rows, images): every
+    resample draws the images anew, too.
 
     tau is tau-a; `ties` counts pairs tied in the measure or the gap. *_low, *_high: 95 % percentile bootstrap over settings,
     for tau_within and tau_between inside strata. p_value, p_within: permutation tests; p_holm: for the number of measures,
@@ -393,6 +409,10 @@ def correlate(
         drawn = averages(mu, gaps, draws, i, j, {statistic: groups[statistic] for statistic in statistics})
         samples |= {statistic: mean_of_finite(values) for statistic, values in drawn.items()}
         p[column] = permutation_p_values(mu, g, inside, resamples, generator)
+        if controls and column == "p_value":
+            z = ranked(table, controls, models.seed)
+            for into, weights in ((point, np.ones((len(g), 1))), (samples, draws)):
+                into["partial"] = np.array([partial_correlation(of_measure, g, z, weights) for of_measure in mu])
     counted = [name == "srr" or not name.startswith(("srr_", "baseline_")) for name in measures]
     p["p_holm"] = holm(np.where(counted, p["p_value"], math.nan))
 

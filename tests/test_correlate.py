@@ -91,13 +91,17 @@ def test_every_file_for_each_width_and_for_all(call, tmp_path):
 def test_the_numbers_are_those_of_the_package(call, tmp_path):
     table = models()
     flags = ("--hyperparameters", *AXES, "--gap", "gap_accuracy", "--measures", "l2", "srr", "--resamples", 200, "--seed", 3)
+    flags += ("--controls", "l2", "path_norm")
     assert call(table, *flags, drawn=True)[0] == 0
     for name in FILES[2:]:
         path = tmp_path / "out" / name
         assert Image.open(path).size[0] > 300 and path.stat().st_size <= 200_000
     table["baseline_type"] = table.groupby("model")["srr"].transform("mean")
     measures = ["l2", "srr", "baseline_type"]
-    expected = statistics.correlate(table, AXES, "gap_accuracy", measures, strata="model", resamples=200, rng=3)
+    expected = statistics.correlate(
+        table, AXES, "gap_accuracy", measures, strata="model", controls=["l2", "path_norm"], resamples=200, rng=3
+    )
+    assert "rho given l2, path_norm" in (tmp_path / "out/correlation.md").read_text()
     pd.testing.assert_frame_equal(
         result(tmp_path / "out").loc[measures], pd.DataFrame(expected).set_index("measure"), check_like=True, rtol=1e-12
     )

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from scipy.stats import rankdata
 
 from crate import statistics
 from crate.statistics import correlate
@@ -239,6 +240,27 @@ def test_srr_against_its_rivals():
     assert math.isnan(rate["p_holm"]) and srr["p_holm"] == pytest.approx(3 * srr["p_value"])  # srr, near and far are counted
     assert srr["lead_within"] == pytest.approx(1 - near["tau_within"])
     assert srr["lead_psi_model"] == pytest.approx(1 - near["psi_model"])
+
+
+def test_rank_correlation_given_others_is_that_of_residuals():
+    rng = np.random.default_rng(0)
+    steps = rng.normal(size=40)
+    table = pd.DataFrame(
+        {"id": range(40), "gap": steps + 0.3 * rng.normal(size=40), "steps": steps, "fixed": 1.0, "other": rng.normal(size=40)}
+    )
+    table["srr"] = steps + 0.3 * rng.normal(size=40)
+    table.loc[3, "srr"] = math.nan
+    row = correlate(table, ["id"], "gap", ["srr"], controls=["steps", "other", "fixed"], resamples=200)[0]
+    g, steps, other = (rankdata(table[name]) for name in ("gap", "steps", "other"))
+    ranks = np.delete(np.stack([rankdata(table["srr"], nan_policy="omit"), g, steps, other, np.ones(40)]), 3, axis=1)
+    mu, g = (values - ranks[2:].T @ np.linalg.lstsq(ranks[2:].T, values)[0] for values in ranks[:2])
+    assert row["partial"] == pytest.approx(np.corrcoef(mu, g)[0, 1]) and abs(row["partial"]) < 0.4 < row["tau"]
+    assert row["partial_low"] < row["partial"] < row["partial_high"]
+    times = rng.multinomial(40, np.full(40, 1 / 40), size=1).T  # a resample is the table with its rows so often
+    found = statistics.partial_correlation(rankdata(table["gap"]), rankdata(table["other"]), [rankdata(table["steps"])], times)
+    copies = np.repeat(np.stack([rankdata(table[name]) for name in ("gap", "other", "steps")]), times[:, 0], axis=1)
+    a, b, c = np.corrcoef(copies)[[0, 0, 1], [1, 2, 2]]
+    assert found == pytest.approx((a - b * c) / math.sqrt((1 - b**2) * (1 - c**2)))
 
 
 def test_images_are_resampled_for_all_models_alike():
