@@ -239,11 +239,13 @@ def partial_correlation(mu, g, controls, weights):
     """
     values = np.stack([mu, g, *controls])
     present = np.isfinite(values).all(axis=0)
-    values, weights = values[:, present], weights[present] / weights[present].sum(axis=0)
+    values, weights = values[:, present], weights[present] / np.maximum(weights[present].sum(axis=0), 1)
     means = values @ weights  # (2 + c, R)
     covariance = np.einsum("an,bn,nr->rab", values, values, weights, optimize=True) - np.einsum("ar,br->rab", means, means)
-    precision = np.linalg.pinv(covariance, rcond=1e-9, hermitian=True)  # of a control that is constant, too
-    return -precision[:, 0, 1] / np.sqrt(precision[:, 0, 0] * precision[:, 1, 1])
+    pair, with_controls = covariance[:, :2, :2], covariance[:, :2, 2:]
+    left = pair - with_controls @ np.linalg.pinv(covariance[:, 2:, 2:], hermitian=True) @ with_controls.swapaxes(1, 2)
+    mine, gap = np.where(left > 1e-9 * pair, left, math.nan).diagonal(axis1=1, axis2=2).T  # of a control nothing is left
+    return left[:, 0, 1] / np.sqrt(mine * gap)
 
 
 def interval(values):
