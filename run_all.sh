@@ -38,6 +38,7 @@ train() { go train.py --preset "$PRESET" --jobs "$JOBS" --out "$runs/$1" "${@:2}
 
 runs=runs/$PRESET results=runs/$PRESET/results models="crate-c crate-n crate-t crate"
 size= # of the models of Section 6, if not the preset's
+etas="-0.01 -0.001 0 0.001 0.01" # of the intervention; a negative one that is larger may keep a model from fitting its data
 case $PRESET in # the grid of Section 5 (Table 4); the study's ranges; the layers of Table 6; patch and pictures of stage layers
   laptop)
     grid="--width 48 96 --batch-size 32 128 --lr 1e-3 3e-3 --dropout 0 0.02 --epochs 400"
@@ -47,7 +48,7 @@ case $PRESET in # the grid of Section 5 (Table 4); the study's ranges; the layer
     grid="--width 96 192 --batch-size 64 128 --lr 1e-3 3e-3 --dropout 0 0.1 --epochs 200"
     study="--batch-size 32 64 128 --lr 5e-4 5e-3 --dropout 0 0.1 --weight-decay 0 0.1 --epochs 200"
     size="--patch-size 4 --width 384 --depth 12 --batch-size 32 --lr 3e-4 --epochs 15 --log-srr-every 3 --validate-every 15"
-    table6="2 4 6 8 10 last random" layers="--patch-size 4 --train-subset 250" ;;
+    table6="2 4 6 8 10 last random" layers="--patch-size 4 --train-subset 250" etas="-0.003 0 0.003 0.01" ;;
   paper)
     grid="--width 384 768 --batch-size 64 128 --lr 1e-4 3e-4 --dropout 0 0.1 --epochs 300"
     study="--batch-size 32 64 128 --lr 5e-5 5e-4 --dropout 0 0.3 --weight-decay 0 0.1 --epochs 300"
@@ -83,7 +84,7 @@ for stage in $stages; do
       go correlate.py "$results/study_measures.csv" --hyperparameters model batch_size lr dropout weight_decay --gap gap \
         --controls baseline_steps params \
         --val-losses "$results/study_measures_val_losses.npz" --out "$results/study_correlation"
-      train intervention --model $models $until_low --log-srr-every 1000 --epochs 200 --srr-reg -0.01 -0.001 0 0.001 0.01 --seed $(seq -s " " 0 9)
+      train intervention --model $models $until_low --log-srr-every 1000 --epochs 200 --srr-reg $etas --seed $(seq -s " " 0 9)
       train table2 --model $models --srr-reg 0 1e-3 $size --seed $(seq -s " " 0 19)
       ;;
     test) if [ $# -gt 0 ]; then "$python" -m pytest -q; else "$python" -m pytest -q -m "not slow and not faults and not cuda"; fi ;;

@@ -253,7 +253,7 @@ def complexity_section(results, runs):
     """Section 5, the study and the intervention: (claims, Markdown)."""
     widths = sorted(int(folder.name.removeprefix("width=")) for folder in results.glob("correlation/width=*"))
     places = [(f"correlation/width={width}", f"d = {width}", claims.OF_THE_LARGER_WIDTH, "larger width") for width in widths]
-    places.append(("correlation", "all models", claims.ACROSS_WIDTHS, ""))
+    places.append(("correlation", "all models", claims.ACROSS_WIDTHS if len(widths) > 1 else [], ""))
     places[0] = (*places[0][:2], claims.OF_THE_SMALLER_WIDTH, "smaller width")  # also where there is only one
     found, parts = ranks(results, places)
     grid = runs[runs["experiment"] == "grid"]
