@@ -189,7 +189,7 @@ def markdown(table, axes, strata, rows, gap, controls):
     text += f"\nKendall's tau with `{gap}`; under each hyperparameter the granulated psi, Psi their mean. In brackets 95 %\n"
     text += f"intervals, {rows[0]['resamples']} bootstrap resamples of the models; p: as many permutations, two-sided.\n"
     if seeds > 1:
-        text += f"All are means over {seeds} seeds.\n"
+        text += f"All but rho are means over {seeds} seeds.\n"
     if strata:
         levels = table[strata].nunique()
         text += f"Intervals and p are about these {levels} levels of `{strata}`. For new ones the level is the unit, and no\n"

@@ -62,7 +62,7 @@ for stage in $stages; do
   case $stage in
     setup) "$python" -c 'import sys, torch; print(f"python {sys.version.split()[0]}, torch {torch.__version__}, {torch.cuda.device_count()} GPUs")' ;;
     attention) go attention_only.py --out "$results/attention_only" ;; # Figs. 1, 5
-    layers) # Fig. 2's first curve, at the paper's width and depth: models at initialisation; five images validate
+    layers) # Fig. 2's first curve, at the paper's width and depth: models at initialisation; a few images validate
       train layers --model $models crate-e --width 384 768 --depth 12 --epochs 0 --log-srr-every 1 $layers \
         --hold-out 0.02 --seed 0 1 2 3 4 ;;
     train)

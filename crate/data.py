@@ -85,9 +85,7 @@ def _fashion_mnist(data_dir):
 
 
 def _cifar(name, data_dir):
-    """From class folders in data_dir/NAME; else torchvision reads, and if need be downloads, the original."""
-    if (data_dir / name / "train").is_dir():
-        return read_class_folders(data_dir / name)
+    """Read by torchvision, and if need be downloaded."""
     from torchvision import datasets
 
     parts = _torchvision(name, getattr(datasets, name.upper()), data_dir)
@@ -186,11 +184,15 @@ def _decode(paths, mode, size):
 
 @lru_cache(1)  # it may take half a minute, and is asked for with and without a size
 def read(name, data_dir, image_size=None):
-    """Training images, their labels, validation images and their labels of the data set or folder `name`, as arrays."""
+    """Training images, their labels, validation images and their labels of the data set or folder `name`, as arrays.
+
+    Class folders in data_dir/NAME count as the data set NAME.
+    """
+    folder = Path(data_dir) / name if name in DATASETS else Path(name)
+    if (folder / "train").is_dir() or (name not in DATASETS and folder.is_dir()):
+        return read_class_folders(folder, image_size)
     if name in DATASETS:
         return DATASETS[name](Path(data_dir))
-    if Path(name).is_dir():
-        return read_class_folders(Path(name), image_size)
     raise InputError(f"--dataset {name}: unknown; choose from {', '.join(DATASETS)}, or name a folder, {CLASS_FOLDERS}")
 
 
@@ -204,11 +206,11 @@ def load_data(name, data_dir="data", *, image_size=None, train_subset=None, hold
     downloaded, are damaged, or hold too few images.
     """
     try:
-        arrays = read(name, data_dir)
+        arrays = read(name, str(data_dir))
     except SizesDiffer:
         if image_size is None:
             raise
-        arrays = read(name, data_dir, image_size)
+        arrays = read(name, str(data_dir), image_size)
     images, labels, val_images, val_labels = (torch.from_numpy(np.array(array, order="C")) for array in arrays)
     classes, size = int(labels.max()) + 1, image_size or images.shape[-1]
     if train_subset is not None:

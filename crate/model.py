@@ -120,13 +120,6 @@ class ISTA(nn.Module):
         return F.relu(F.linear(tokens, self.matrix(), self.D.new_full((len(self.D),), -self.threshold)))
 
 
-class MLP(nn.Sequential):
-    """A standard transformer's second half: Linear, GELU, Linear with four times the width in between."""
-
-    def __init__(self, width):
-        super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-
 class Layer(nn.Module):
     """Y = Z + sign MSSA(LN(Z)) (Eq. 8; Eq. 9 with sign -1), Z' = ISTA(LN(Y)) (Eq. 3); alpha = gamma = 1.
 
@@ -141,15 +134,16 @@ class Layer(nn.Module):
         self.mssa = MSSA(width=width, heads=heads, output=variant.output, heads_from=variant.heads, **options)
         self.norm2 = nn.LayerNorm(width)
         self.ista = ISTA(width, **ista) if variant.sparsification == "ISTA" else None
-        self.mlp = MLP(width) if variant.sparsification == "MLP" else None
+        if variant.sparsification == "MLP":
+            self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def compress(self, tokens, first=None):
         return torch.add(tokens[..., :first, :], self.mssa(self.norm1(tokens), first), alpha=self.sign)
 
     def sparsify(self, tokens):
-        if self.mlp is not None:
-            return tokens + self.mlp(self.norm2(tokens))
-        return self.ista(self.norm2(tokens))
+        if self.ista:
+            return self.ista(self.norm2(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
 
     def forward(self, tokens, first=None):
         """(B, N, d) -> (B, N, d), or the first tokens of that alone, (B, first, d)."""

@@ -7,6 +7,7 @@ alone is done: a report rebuilt from its tables. What the report wrote before go
     grid      Section 5's models (Table 4)             table2, table2-..   SRR in the loss, one data set each (Figs. 2, 3)
     table3    other output matrices                    table6              the SRR of other layers
     layers    twelve layers at initialisation          intervention        eta and the seed alone differ
+    study     random settings
 """
 
 import sys

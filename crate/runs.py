@@ -113,12 +113,9 @@ def settings(sweep, draw=None):
         for model, i in itertools.product(sweep["model"], range(draw)):
             random = np.random.default_rng([i, *model.encode()])
             one = {axis: values[random.integers(len(values))] for axis, values in sweep.items()} | {"model": model}
-            for axis in ("dropout", "weight_decay", "lr"):
+            for axis, scale, back in (("dropout", float, float), ("weight_decay", float, float), ("lr", math.log, math.exp)):
                 low, high = min(sweep[axis]), max(sweep[axis])
-                if axis == "lr":
-                    value = math.exp(random.uniform(math.log(low), math.log(high)))
-                else:
-                    value = random.uniform(low, high)
+                value = back(random.uniform(scale(low), scale(high)))
                 one[axis] = float(f"{value:.3g}") if low < high else low
             chosen.append(one)
     for one in chosen:

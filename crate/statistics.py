@@ -18,6 +18,7 @@ from scipy.stats import binomtest, kendalltau, rankdata
 MISSING = set("-|na|n/a|#n/a|#na|#n/a n/a|<na>|none|null|nan|-nan|1.#ind|-1.#ind|1.#qnan|-1.#qnan".split("|")) | {""}
 MOST_MODELS = 5_000  # the pairs of more don't fit in memory
 MOST_WORK = 1e10  # pairs times resamples: about a minute on one core
+NO_RIVALS = ("srr_", "rate_subspaces", "baseline_")  # SRR's variants and parts, and baselines
 PIECE = 200_000  # numbers at once, so that they stay in the cache
 
 
@@ -27,7 +28,7 @@ class Models(NamedTuple):
     levels: np.ndarray  # (n, axes)
     setting: np.ndarray  # (n,)
     seed: np.ndarray  # (n,)
-    slot: np.ndarray  # (n,), tells the models of one setting apart
+    slot: np.ndarray  # (n,), tells the models of one setting apart: the seed, or a count where all seeds differ
     stratum: np.ndarray  # (n,)
 
 
@@ -233,18 +234,19 @@ def point_statistics(mu, g, models, i, j, groups, hyperparameters):
 
 
 def partial_correlation(mu, g, controls, weights):
-    """Spearman's rank correlation of mu and g (n,) given the controls (c, n), all of them ranks, NaN where missing: (R,).
+    """Spearman's rank correlation of mu and g (n,) given the controls (c, n), NaN where missing: (R,).
 
-    weights (n, R): how often each model counts; a resample keeps the ranks among all models.
+    weights (n, R): how often each model counts; a resample keeps the ranks among the models that lack nothing.
     """
     values = np.stack([mu, g, *controls])
     present = np.isfinite(values).all(axis=0)
-    values, weights = values[:, present], weights[present] / np.maximum(weights[present].sum(axis=0), 1)
+    values, weights = rankdata(values[:, present], axis=1), weights[present].astype(float)
+    weights /= np.maximum(weights.sum(axis=0), 1)
     means = values @ weights  # (2 + c, R)
     covariance = np.einsum("an,bn,nr->rab", values, values, weights, optimize=True) - np.einsum("ar,br->rab", means, means)
     pair, with_controls = covariance[:, :2, :2], covariance[:, :2, 2:]
-    left = pair - with_controls @ np.linalg.pinv(covariance[:, 2:, 2:], hermitian=True) @ with_controls.swapaxes(1, 2)
-    mine, gap = np.where(left > 1e-9 * pair, left, math.nan).diagonal(axis1=1, axis2=2).T  # of a control nothing is left
+    left = pair - with_controls @ np.linalg.pinv(covariance[:, 2:, 2:], 1e-9, hermitian=True) @ with_controls.swapaxes(1, 2)
+    mine, gap = np.where(left > 1e-6 * pair, left, math.nan).diagonal(axis1=1, axis2=2).T  # of a control nothing is left
     return left[:, 0, 1] / np.sqrt(mine * gap)
 
 
@@ -329,8 +331,8 @@ def compare_with_srr(rows, point, samples):
     """
     names = [row["measure"] for row in rows]
     srr = names.index("srr")
-    own = ("srr", "baseline_", "rate_subspaces")
-    rivals = [k for k, row in enumerate(rows) if not row["measure"].startswith(own) and math.isfinite(row["tau"])]
+    others = [k for k, name in enumerate(names) if name != "srr" and not name.startswith(NO_RIVALS)]
+    rivals = [k for k in others if math.isfinite(rows[k]["tau"])]
 
     def ahead(values, others):
         return values[srr] - np.fmax.reduce(values[others])
@@ -350,9 +352,9 @@ def compare_with_srr(rows, point, samples):
         rows[srr]["share_first"] = pd.Series(ahead(samples["tau"], rivals)).dropna().gt(0).mean()
 
 
-def ranked(table, measures, seed):
+def ranked(table, measures, seed, argument="measures"):
     """The measures (m, n) as ranks, NaN where they aren't finite, and where a seed (n,) has fewer than 3 models that are."""
-    mu = np.stack([numbers(table, name) for name in measures])
+    mu = np.stack([numbers(table, name, argument) for name in measures])
     mu[~np.isfinite(mu)] = math.nan
     for own in (seed == one for one in np.unique(seed)):
         mu[np.ix_(np.isfinite(mu[:, own]).sum(axis=1) < 3, own)] = math.nan
@@ -367,8 +369,8 @@ def correlate(
 
     table: a DataFrame or a list of dicts, a row per model; a missing gap drops it, a measure that isn't finite for this
     measure. With a seed_column statistics are per seed, then averaged. strata: a column, such as the model type. controls:
-    columns, given which there is a partial rank correlation over all models, `partial`. val_losses (rows, images): every
-    resample draws the images anew, too.
+    columns, given which there is a partial rank correlation over all models and seeds, `partial`. val_losses (rows, images):
+    every resample, but those of `partial`, draws the images anew, too.
 
     tau is tau-a; `ties` counts pairs tied in the measure or the gap. *_low, *_high: 95 % percentile bootstrap over settings,
     for tau_within and tau_between inside strata. p_value, p_within: permutation tests; p_holm: for the number of measures,
@@ -411,11 +413,11 @@ def correlate(
         drawn = averages(mu, gaps, draws, i, j, {statistic: groups[statistic] for statistic in statistics})
         samples |= {statistic: mean_of_finite(values) for statistic, values in drawn.items()}
         p[column] = permutation_p_values(mu, g, inside, resamples, generator)
-        if controls and column == "p_value":
-            z = ranked(table, controls, models.seed)
+        if controls and column == "p_value":  # these draws are over all models
+            z = ranked(table, controls, models.seed, "controls")
             for into, weights in ((point, np.ones((len(g), 1))), (samples, draws)):
                 into["partial"] = np.array([partial_correlation(of_measure, g, z, weights) for of_measure in mu])
-    counted = [name == "srr" or not name.startswith(("srr_", "baseline_")) for name in measures]
+    counted = [name == "srr" or not name.startswith(NO_RIVALS) for name in measures]
     p["p_holm"] = holm(np.where(counted, p["p_value"], math.nan))
 
     first = ["measure", "models", "tau", "tau_low", "tau_high", "p_value", "tau_b", "ties", *psi, "Psi", "K"]

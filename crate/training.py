@@ -74,7 +74,7 @@ def training_loss(model, data, enough, known, chunk=128):
 
 def rates_by_layer(model, data, config, operators):
     """What log.jsonl has of SRR: {"srr", "srr_val"}: layer_srr on training and on validation images; with `operators`, also
-    {"operators"}: operator_rates. All None, with a warning, where a rate can't be computed: a log must not end a run.
+    {"operators"}: operator_rates. None, with a warning, where a rate can't be computed: a log must not end a run.
     """
     train, val = (data.prepare(images[:SRR_IMAGES]) for images in (data.train_images, data.val_images))
     coefficients = {"sparsity": config["srr_lambda"], "gamma": config["srr_gamma"]}
@@ -187,8 +187,8 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
             state["step"] += 1
             bar.update()
             if target is not None and len(results) in check_after:
-                # How far above the target the loss is matters at an epoch's end, up to 0.05: the next epoch's checks.
-                enough = max(target, 0.05) if len(results) == steps_per_epoch else target
+                # How far above the target the loss is matters at an epoch's end alone: for the next epoch's checks.
+                enough = max(target, CHECKS_PER_EPOCH[-1][0]) if len(results) == steps_per_epoch else target
                 state["checked_loss"] = training_loss(model, data, enough, state["losses"])
                 if world > 1:  # all ranks stop at the same step, whatever their rounding
                     dist.broadcast(checked := torch.tensor(state["checked_loss"], dtype=torch.float64), 0)
@@ -234,7 +234,8 @@ def begin(config, folder):
     others = {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, others], lr=config["lr"], fused=True, capturable=on_gpu)
     scaler = torch.amp.GradScaler(device.type, enabled=config["amp"] == "fp16")
-    # For the stopping criterion: cross-entropy over the training set at its last check, and that of each training image.
+    # For the stopping criterion: cross-entropy over the training set at its last check, or a lower bound, and the loss that
+    # each training image had when it was last looked at.
     state = {"epoch": 0, "step": 0, "checked_loss": math.inf, "rows": []}
     state["losses"] = torch.zeros(len(data.train_labels), dtype=torch.float64, device=device)
     if last.exists():

@@ -24,6 +24,7 @@ from crate.data import FASHION_FILES, batches, data_of, epoch_order, load_data, 
 
 def refused(*arguments, **settings):
     """The message, of one line, with which load_data refuses; the files may be others than a moment ago."""
+    load_data.cache_clear()
     read.cache_clear()
     with pytest.raises(InputError) as error:
         load_data(*arguments, **settings)
@@ -167,6 +168,9 @@ def test_cifar10_as_class_folders(tmp_path):
     data = load_data("cifar10", tmp_path)
     assert data.classes == 10 and data.train_images.shape == (30, 3, 32, 32)
     assert data.train_labels.tolist() == list(range(10)) * 3
+    write_picture(tmp_path / "cifar10/train/ship/9.jpg", size=(40, 32))
+    assert "--image-size" in refused("cifar10", tmp_path)
+    assert load_data("cifar10", tmp_path, image_size=16).train_images.shape == (31, 3, 16, 16)
 
 
 def write_fashion(folder, images=(7, 8), labels=None, pixels=28, classes=10, gz=True):

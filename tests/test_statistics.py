@@ -251,8 +251,7 @@ def test_rank_correlation_given_others_is_that_of_residuals():
     table["srr"] = steps + 0.3 * rng.normal(size=40)
     table.loc[3, "srr"] = math.nan
     row = correlate(table, ["id"], "gap", ["srr"], controls=["steps", "other", "fixed"], resamples=200)[0]
-    g, steps, other = (rankdata(table[name]) for name in ("gap", "steps", "other"))
-    ranks = np.delete(np.stack([rankdata(table["srr"], nan_policy="omit"), g, steps, other, np.ones(40)]), 3, axis=1)
+    ranks = np.stack([rankdata(table.drop(3)[name]) for name in ("srr", "gap", "steps", "other")] + [np.ones(39)])
     mu, g = (values - ranks[2:].T @ np.linalg.lstsq(ranks[2:].T, values)[0] for values in ranks[:2])
     assert row["partial"] == pytest.approx(np.corrcoef(mu, g)[0, 1]) and abs(row["partial"]) < 0.4 < row["tau"]
     assert row["partial_low"] < row["partial"] < row["partial_high"]
