@@ -271,8 +271,6 @@ def main():
     with flagged():
         for name in measures:
             table[name] = statistics.numbers(table, name)
-        for name in arguments.controls:
-            table[name] = statistics.numbers(table, name, "controls")
     if arguments.seed_column and table[arguments.seed_column].is_unique:
         print(f"every run has a {arguments.seed_column} of its own: all pairs of models count")
     losses = read_losses(arguments.val_losses, table) if arguments.val_losses else None
