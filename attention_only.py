@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from crate import figures
-from crate.cli import InputError, Parser, number, output_folder, path, run
+from crate.cli import InputError, Parser, number, path, run
 from crate.compression import RULES, compress
 from crate.files import write_text
 from crate.rates import log_approximations
@@ -39,7 +39,7 @@ def parse_arguments():
 
 def main():
     settings = vars(parse_arguments())
-    out, seeds = output_folder(settings.pop("out")), settings.pop("seed")
+    out, seeds = settings.pop("out"), settings.pop("seed")
     if len(set(seeds)) < len(seeds):
         raise InputError(f"--seed {' '.join(map(str, seeds))}: a seed occurs twice; give each once")
     settings["dtype"] = getattr(torch, settings["dtype"])
@@ -48,6 +48,7 @@ def main():
         rows = [row for rule in rules for seed in seeds for row in compress(rule, seed, **settings)]
     except ValueError as error:
         raise InputError(f"--width, --heads: {error}")
+    out.mkdir(parents=True, exist_ok=True)
     rates = pd.DataFrame(rows)
     write_text(out / "rates.csv", rates.to_csv(index=False))
     x = torch.linspace(1, 4, 121, dtype=torch.float64)

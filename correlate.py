@@ -7,19 +7,16 @@ out. Writes correlation.csv, correlation.md and plots to --out, and with --by CO
 OUT/COLUMN=VALUE/. They replace what an earlier correlate.py left there.
 """
 
-import csv
-import io
 import math
 import zipfile
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
 
 from crate import statistics
-from crate.cli import InputError, Parser, number, output_folder, run
+from crate.cli import InputError, Parser, number, one_line, path, run
 
 FILES = "correlation.csv correlation.md reliability.csv scatter.png forest.png srr.png".split()
 
@@ -38,7 +35,7 @@ def parse_arguments():
     add("--val-losses", metavar="FILE.npz", help="run (names), losses (runs, images): resample images, too (default: none)")
     add("--resamples", type=number(int, 1), default=10_000, help="and permutations (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of resamples and permutations (default: %(default)s)")
-    add("--out", required=True, metavar="FOLDER")
+    add("--out", type=path, required=True, metavar="FOLDER")
     return parser.parse_args()
 
 
@@ -52,26 +49,17 @@ def flagged():
         raise InputError(f"--{name.replace('_', '-')} {rest}")
 
 
-def read_table(path):
-    """A CSV file as text, its index the line in the file. Empty rows and columns without a name are left out."""
+def read_table(file):
+    """A CSV file with commas, semicolons or tabs; the index is the line in the file. Raises InputError."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        separator = max(",;\t", key=text.partition("\n")[0].count)
-        reader = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
-        rows = {reader.line_num: [cell.strip() for cell in row] for row in reader}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a CSV table in UTF-8 ({error})")
-    rows = {line: row for line, row in rows.items() if any(row)}
-    if len(rows) < 2:
-        raise InputError(f"{path}: the table is empty; expected a header and a row per model")
-    header = rows.pop(min(rows))
-    for line, row in rows.items():
-        if len(row) != len(header):
-            raise InputError(f"{path}: row {line} has {len(row)} fields, the header {len(header)}")
-    for name in header:
-        if name and header.count(name) > 1:
-            raise InputError(f"{path}: the header names {name} twice; rename one of the columns")
-    return pd.DataFrame(list(rows.values()), list(rows), header, dtype=object).drop(columns="", errors="ignore")
+        with open(file, encoding="utf-8-sig") as stream:
+            header = stream.readline()
+        separator = max(",;\t", key=header.count)
+        table = pd.read_csv(file, sep=separator, skipinitialspace=True, index_col=False, dtype={"run": str})
+    except ValueError as error:  # all errors of pandas and of decoding are
+        raise InputError(f"{file}: not a CSV table in UTF-8 ({one_line(error)})")
+    table.index += 2
+    return table.dropna(how="all")
 
 
 def check_columns(arguments, columns):
@@ -99,18 +87,13 @@ def check_columns(arguments, columns):
 
 
 def default_measures(table, arguments):
-    """The columns right of the gap in which most cells are numbers, but other gaps and what plays another part."""
+    """The columns of numbers right of the gap, but other gaps and what plays another part."""
     taken = {*arguments.hyperparameters, arguments.by, arguments.strata, arguments.seed_column, "run", "reached_target"}
-    measures = []
-    for name in table.columns[table.columns.get_loc(arguments.gap) + 1 :]:
-        cells = [statistics.number(cell) for cell in table[name]]
-        texts, numbers = cells.count(None), sum(cell is not None and not math.isnan(cell) for cell in cells)
-        if numbers == 0 or name in taken or name.startswith("gap"):
-            continue
-        if numbers > texts:
-            measures.append(name)
-        else:
-            print(f"{name} is taken for no measure: {texts} of its cells are text, {numbers} numbers")
+    right = table.loc[:, arguments.gap :].iloc[:, 1:].dropna(axis=1, how="all")
+    right = right[[name for name in right if name not in taken and not name.startswith("gap")]]
+    measures = list(right.select_dtypes("number"))
+    for name in right.columns.difference(measures, sort=False):
+        print(f"{name} is taken for no measure: it holds text")
     if not measures:
         raise InputError(f"--gap {arguments.gap}: no column of numbers to the right of it; name the measures with --measures")
     return measures
@@ -118,7 +101,7 @@ def default_measures(table, arguments):
 
 def without(table, left_out, reason):
     """The table without the rows of the mask `left_out`, which are counted and named."""
-    names = table["run"] if "run" in table else "row " + table.index.astype(str).to_series(table.index)
+    names = table["run"] if "run" in table else table.index.to_series().map("row {}".format)
     if left_out.any():
         print(f"{left_out.sum()} models left out, {reason}: {', '.join(names[left_out])}")
     return table[~left_out].copy()
@@ -241,7 +224,7 @@ def write(folder, table, axes, strata, rows, noise, gap, controls):
 
 def remove_earlier(out):
     """Remove what an earlier correlate.py left in `out` and in its folders COLUMN=VALUE, and nothing else."""
-    for folder in (out, *(path.parent for path in out.glob("*=*/correlation.csv"))):
+    for folder in (out, *(file.parent for file in out.glob("*=*/correlation.csv"))):
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
         if folder != out and not any(folder.iterdir()):
@@ -254,16 +237,10 @@ def main():
     check_columns(arguments, list(table))
     gap, by = arguments.gap, arguments.by
     if "reached_target" in table:
-        missed = table["reached_target"].str.lower().isin(["false", "0"])
+        missed = table["reached_target"].astype(str).str.lower().isin(["false", "0", "0.0"])
         table = without(table, missed, "they did not reach the target")
     if table.empty:
         raise InputError(f"{arguments.table}: reached_target is False in every row; rank statistics need 3 models or more")
-    for name in dict.fromkeys(filter(None, [*arguments.hyperparameters, by, arguments.strata])):
-        levels = pd.Series(statistics.levels(table[name]), table.index)
-        for level, texts in table[name].groupby(levels):
-            if len({statistics.number(text) for text in texts}) > 1:
-                print(f"{name}: {', '.join(texts.unique())} are taken for one level")
-        table[name] = levels
     with flagged():
         table[gap] = statistics.numbers(table, gap, "gap")
     measures = arguments.measures or default_measures(table, arguments)
@@ -276,19 +253,18 @@ def main():
     losses = read_losses(arguments.val_losses, table) if arguments.val_losses else None
 
     # All is computed before anything is written, so that bad input leaves no half of a result.
-    out, results = Path(arguments.out), {}
+    out, results = arguments.out, {}
     axes = [axis for axis in arguments.hyperparameters if axis != by]
     for level, part in table.groupby(by, sort=False) if by else ():
-        folder = f"{quote(by, safe='')}={quote(level, safe='')}"
+        folder = f"{quote(by, safe='')}={quote(str(level), safe='')}"
         try:
             results[out / folder] = analyse(part, axes, measures, losses, arguments)
         except InputError as error:  # too few models, for one; what is wrong with all rows is refused below
             print(f"{folder}: left out: {error}")
     results[out] = analyse(table, [*axes, by] if by else axes, measures, losses, arguments)
-    output_folder(out)
     remove_earlier(out)
     for folder, result in results.items():
-        output_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         write(folder, *result, gap, arguments.controls)
 
 

@@ -16,7 +16,6 @@ import io
 import os
 import sys
 import time
-from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from crate.cli import COPY, InputError, Parser, copies, number, one_line, output_folder, path, run, threads_of
+from crate.cli import COPY, InputError, Parser, copies, number, one_line, path, run
 from crate.data import DATASETS, data_of, load_data
 from crate.files import load_checkpoint, read_json, write_bytes, write_json
 from crate.measures import GROUPS, doubtful, measure
@@ -61,15 +60,11 @@ def parse_arguments():
 
 
 def find_models(arguments):
-    """Finished run folders, checkpoint files, and {path: name} of both. Raises InputError where there are none.
-
-    A name is the last part of a path, or, where several have the same, all that is below the common parent.
-    """
+    """Finished run folders, checkpoint files, and {path: name} of both, below their common parent. Raises InputError."""
     files = list(dict.fromkeys(one.resolve() for one in arguments.runs if one.is_file()))
     folders = find_runs([one for one in arguments.runs if not one.is_file()])
-    counts = Counter(one.name for one in folders + files)
     parent = os.path.commonpath([one.parent for one in folders + files])
-    names = {one: one.name if counts[one.name] == 1 else str(one.relative_to(parent)) for one in folders + files}
+    names = {one: str(one.relative_to(parent)) for one in folders + files}
     finished = [folder for folder in folders if (folder / "result.json").exists()]
     unfinished = [names[folder] for folder in folders if folder not in finished]
     if unfinished:
@@ -214,7 +209,7 @@ def collect(finished, files, names, arguments, images, device):
 def main():
     arguments = parse_arguments()
     finished, files, names = find_models(arguments)
-    output_folder(arguments.out.parent)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.out.is_dir():
         raise InputError(f"--out {arguments.out}: is a folder; name a file")
     device = resolve_device(arguments.device)
@@ -226,7 +221,6 @@ def main():
         print(f"{counts}; on {device}, searches on {images} images", flush=True)
     jobs, gpus = min(arguments.jobs, len(todo) or 1), torch.cuda.device_count() if device == torch.device("cuda") else 0
     with copies(jobs, gpus) as codes:
-        torch.set_num_threads(threads_of(jobs))
         failures = measure_all(todo, names, lambda folder: measure_run(folder, groups, images, device, arguments.data_dir))
     if not COPY:
         entries, more = collect(finished, files, names, arguments, images, device)

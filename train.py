@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from crate.cli import COPY, InputError, Parser, copies, number, one_line, output_folder, path, run, threads_of
+from crate.cli import COPY, InputError, Parser, copies, number, one_line, path, run
 from crate.data import DATASETS
 from crate.files import read_json, write_json
 from crate.model import VARIANTS
@@ -165,7 +165,6 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     rank, world = ranks()
     jobs, all_gpus = arguments["jobs"], arguments["device"] in ("auto", "cuda")
-    torch.set_num_threads(threads_of(jobs))
     preset, device = arguments["preset"], resolve_device(arguments["device"])
     if preset == "auto":
         preset = "paper" if torch.cuda.is_available() else "laptop"
@@ -173,13 +172,14 @@ def main():
     others = {key: arguments[key] for key in ("data_dir", "draw", "compile", "graph", "save_every")}
     others |= {"amp": resolve_amp(arguments["amp"], device), "processes": world}
     configs = resolve(flags, preset=preset, device=device, **others)
-    out = output_folder(arguments["out"] or Path("runs") / preset / "single")
+    out = arguments["out"] or Path("runs") / preset / "single"
     for name, config in configs.items():
         file = out / name / "config.json"
         if file.exists():
             check_same_run(read_json(file), config, file)
         elif rank == 0:
-            with suppress(Busy), locked(output_folder(file.parent)):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(Busy), locked(file.parent):
                 write_json(file, config)
     if rank == 0 and not COPY:
         first, done = next(iter(configs.values())), sum((out / name / "result.json").exists() for name in configs)

@@ -1,7 +1,6 @@
-"""What the scripts share: errors in one line with exit code 2, checked numbers, output folders, several processes at once."""
+"""What the scripts share: errors in one line with exit code 2, checked numbers, several processes at once."""
 
 import argparse
-import errno
 import math
 import os
 import signal
@@ -47,11 +46,9 @@ def run(main):
     InputError, failed file operations and lack of memory become one line on stderr and code 2, SIGINT and SIGTERM a line and
     code 130 or 143.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone
     # SIGINT too: a shell script starts what it puts into the background with SIGINT ignored.
-    previous = {number: signal.signal(number, _terminated) for number in (signal.SIGINT, signal.SIGTERM)}
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, _terminated)
     code, message = 0, None
     try:
         code = main()
@@ -61,13 +58,6 @@ def run(main):
         code, message = 128 + number, f"stopped by {number.name}; run the same command again to go on"
     except (InputError, OSError, MemoryError) as error:
         code, message = 2, f"error: {one_line(error)}"
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        code, message = 2, f"error: {one_line(error)}"
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     if message:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {message}\n")  # in one piece, where several processes write
     sys.exit(code)
@@ -95,47 +85,24 @@ def path(text):
     return Path(text).expanduser()
 
 
-def output_folder(folder, flag="--out"):
-    """Create `folder` if need be and return it as a Path. Raises InputError where it can't be written."""
-    folder = Path(folder).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "no permission to write")
-    except OSError as error:
-        raise InputError(f"{flag} {folder}: {error.strerror}; name a folder that can be written")
-    return folder
-
-
-def cores():
-    """How many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
-def threads_of(jobs):
-    """How many threads each of `jobs` processes takes: OMP_NUM_THREADS where it is a number, else its share of the cores."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
-    return max(1, cores() // jobs)
-
-
 @contextmanager
 def copies(jobs, gpus):
     """Start this script's command jobs - 1 more times, and wait for these processes at the end of the block.
 
-    The runs' locks divide the work between them. gpus: how many GPUs to spread them and this process over, 0 for none.
-    Yields a list of their exit codes, which is filled at the end of the block.
+    The runs' locks divide the work between them. Each process takes its share of the CPU's threads, or as many as
+    OMP_NUM_THREADS says. gpus: how many GPUs to spread them and this process over, 0 for none. Yields a list of their exit
+    codes, which is filled at the end of the block.
     """
+    import torch  # takes two seconds, which correlate.py doesn't need
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    common = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "TQDM_DISABLE": "1", "CRATE_COPY": "1"}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
     processes, codes = [], []
     for job in range(1, 1 if COPY else jobs):
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads_of(jobs)), "TQDM_DISABLE": "1", "CRATE_COPY": "1"}
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = visible[job % gpus]
-        processes.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
+        own = {"CUDA_VISIBLE_DEVICES": visible[job % gpus]} if gpus else {}
+        processes.append(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | common | own))
     try:
         yield codes
         ended = [process.wait() for process in processes]

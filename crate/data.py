@@ -5,7 +5,6 @@ longer than to load the digits.
 """
 
 import gzip
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from crate.files import write_bytes
 
 DIGITS = Path(__file__).with_name("digits.npz")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts its files
-FASHION_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 CLASS_FOLDERS = "FOLDER/train/CLASS/* and FOLDER/test/CLASS/* (or val, valid)"
 ORDER, AUGMENTATION, DROPOUT = range(3)  # what a seed is for
 VALUES_AT_ONCE = 2**22  # that are augmented together, 1,365 images of 3 x 32 x 32: more fit no cache, fewer cost more calls
@@ -66,47 +64,39 @@ def _digits(data_dir):
     return images[train], labels[train], images[val], labels[val]
 
 
-def _fashion_mnist(data_dir):
-    """Read by torchvision, and if need be downloaded; gzipped files that are there already are unpacked to where it looks."""
-    from torchvision.datasets import FashionMNIST
-
-    raw = data_dir / "FashionMNIST" / "raw"
-    for file in FASHION_FILES:
-        packed = next((path for folder in (data_dir, raw, DEBIAN) if (path := folder / f"{file}.gz").is_file()), None)
-        if packed and not (raw / file).exists():
-            try:
-                content = gzip.decompress(packed.read_bytes())
-            except (EOFError, OSError, zlib.error) as error:
-                raise InputError(f"{packed}: damaged ({_reason(error)}); delete it, and it is downloaded again") from error
-            raw.mkdir(parents=True, exist_ok=True)
-            write_bytes(raw / file, content)
-    parts = _torchvision("fashion-mnist", FashionMNIST, data_dir)
-    return [np.asarray(array) for part in parts for array in (part.data[:, None], part.targets)]
-
-
-def _cifar(name, data_dir):
-    """Read by torchvision, and if need be downloaded."""
+def _torchvision(kind, data_dir):
+    """The data set of the class `kind` of torchvision.datasets, downloaded where it isn't in `data_dir`. Raises InputError."""
     from torchvision import datasets
 
-    parts = _torchvision(name, getattr(datasets, name.upper()), data_dir)
-    return [array for part in parts for array in (part.data.transpose(0, 3, 1, 2), part.targets)]
-
-
-def _torchvision(name, kind, data_dir):
-    """Both parts of a class of torchvision.datasets, downloaded where it isn't in `data_dir`. Raises InputError."""
     try:
-        return [kind(data_dir, train, download=True) for train in (True, False)]
+        parts = [getattr(datasets, kind)(data_dir, train, download=True) for train in (True, False)]
     except Exception as error:  # no network, or what tarfile, gzip and pickle make of a damaged file: nearly anything
-        where = f"--data-dir {data_dir}: {name} can't be downloaded, or what is there of it is damaged"
+        where = f"--data-dir {data_dir}: {kind} can't be downloaded, or what is there of it is damaged"
         raise InputError(f"{where} ({_reason(error)}); --dataset digits needs nothing") from error
+    return [array for part in parts for array in (_channels_first(np.asarray(part.data)), np.asarray(part.targets))]
+
+
+def _channels_first(images):
+    """(n, H, W) or (n, H, W, C) -> (n, C, H, W)."""
+    return images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
+
+
+def _fashion_mnist(data_dir):
+    """As torchvision reads it; Debian's files, if they are there, are unpacked to where it looks."""
+    raw = data_dir / "FashionMNIST" / "raw"
+    for packed in DEBIAN.glob("*-ubyte.gz"):
+        if not (raw / packed.stem).exists():
+            raw.mkdir(parents=True, exist_ok=True)
+            write_bytes(raw / packed.stem, gzip.decompress(packed.read_bytes()))
+    return _torchvision("FashionMNIST", data_dir)
 
 
 # Functions of data_dir: training images (n, C, H, W) uint8, their labels (n,), validation images, their labels.
 DATASETS = {
     "digits": _digits,
     "fashion-mnist": _fashion_mnist,
-    "cifar10": partial(_cifar, "cifar10"),
-    "cifar100": partial(_cifar, "cifar100"),
+    "cifar10": partial(_torchvision, "CIFAR10"),
+    "cifar100": partial(_torchvision, "CIFAR100"),
 }
 
 
@@ -179,7 +169,7 @@ def _decode(paths, mode, size):
 
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         images = np.concatenate(list(threads.map(decode, (paths[i : i + 256] for i in range(0, len(paths), 256)))))
-    return images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
+    return _channels_first(images)
 
 
 @lru_cache(1)  # it may take half a minute, and is asked for with and without a size

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -65,32 +64,17 @@ def save_checkpoint(path, content):
 
 
 def load_checkpoint(path):
-    """The dict in a checkpoint, on the CPU. Raises InputError where the file is missing, damaged, or holds something else.
-
-    The file is a zip archive with a CRC-32 of each of its parts. torch.load doesn't compare them, so it is done here.
-    """
+    """The dict in a checkpoint, on the CPU. Raises InputError where the file is missing, damaged, or holds something else."""
     try:
-        stream = io.BytesIO(Path(path).read_bytes())
+        # The file is a zip archive with a CRC-32 of each of its parts, which torch.load doesn't compare.
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise zipfile.BadZipFile
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file")
-    if not stream.getbuffer().nbytes:
-        raise InputError(f"{path}: is empty, not a checkpoint of torch")
-    try:
-        if zipfile.is_zipfile(stream):
-            archive = zipfile.ZipFile(stream)
-            # Of a part that is marked as a folder (0x10) torch would read nothing, and leave what was in memory.
-            if archive.testzip() or any(part.external_attr & 0x10 for part in archive.infolist()):
-                raise zipfile.BadZipFile
-        stream.seek(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old formats: what is wrong is told below
-            content = torch.load(stream, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
     except Exception as error:  # whatever zipfile and the unpickler make of arbitrary bytes
-        if "Unsupported global" in str(error):
-            raise InputError(f"{path}: holds other objects than tensors and plain types; save its state_dict alone")
-        raise InputError(f"{path}: damaged or not a checkpoint of torch ({type(error).__name__})")
+        what = "damaged, or not a checkpoint of tensors and plain types alone, such as a state_dict"
+        raise InputError(f"{path}: {what} ({type(error).__name__})")
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
     return content

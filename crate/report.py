@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from crate import claims, figures
-from crate.cli import InputError, Parser, one_line, output_folder, path, run
+from crate.cli import InputError, Parser, one_line, path, run
 from crate.compression import RULES
 from crate.files import markdown_table, write_text
 from crate.model import VARIANTS
@@ -97,7 +97,7 @@ def collect(runs, results):
             print(f"left out: {one_line(reason, folder)}", file=sys.stderr)
     if not tables["runs"]:
         raise InputError(f"{runs}: no finished run there; name the folder above the experiments, such as runs/laptop")
-    output_folder(results, "--results")
+    results.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
         table = pd.DataFrame(rows, columns=None if rows else COLUMNS[name].split())
         digits = None if name == "runs" else "%.7g"  # float32 has no more

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from crate.rates import coding_rate, full, norm_ratio, subspace_coding_rate, subspaces
+from crate.rates import coding_rate, full, norm_ratio, subspace_coding_rate
 
 
 class Parts(NamedTuple):
@@ -139,17 +139,16 @@ def operator_rates(model, images, sparsity=0.1, gamma=1.0, chunk=256):
                 points["output"] = layer.sparsify(compressed)
                 before = tokens
                 for point, after in points.items():
-                    V, ratio = subspaces(after, layer.mssa.U.weight.mT, model.heads), norm_ratio(before, after)[:, None]
+                    U, rescaled = layer.mssa.U.weight.mT, norm_ratio(before, after) * after
                     with _naming(l):
-                        raw, scaled = (coding_rate(tokens_k, gamma).sum(1) for tokens_k in (V, ratio * V))
-                        all_parts = (after != 0).sum((1, 2)), raw, coding_rate(after, model.heads * gamma), scaled
-                    sums[l][point] = sums[l].get(point, 0.0) + torch.stack([part.double().sum() for part in all_parts])
+                        rates = *parts(after, U, model.heads, gamma), subspace_coding_rate(rescaled, U, model.heads, gamma)
+                    sums[l][point] = sums[l].get(point, 0.0) + torch.stack(rates).double().sum(1)
                     before = after
                 tokens = points["output"]
-    rates = [{} for _ in model.layers]
+    means = [{} for _ in model.layers]
     for l, of_points in enumerate(sums):
         for point, total in of_points.items():
-            rates[l][point] = _means(total[:3], len(images), l, sparsity)
+            means[l][point] = _means(total[:3], len(images), l, sparsity)
             if point != "input":
-                rates[l][point]["rate_subspaces_equal_norm"] = total[3].item() / len(images)
-    return rates
+                means[l][point]["rate_subspaces_equal_norm"] = total[3].item() / len(images)
+    return means

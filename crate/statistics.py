@@ -13,10 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.special import entr
-from scipy.stats import binomtest, kendalltau, rankdata
+from scipy.stats import kendalltau, rankdata
 
-MISSING = set("-|na|n/a|#n/a|#na|#n/a n/a|<na>|none|null|nan|-nan|1.#ind|-1.#ind|1.#qnan|-1.#qnan".split("|")) | {""}
-MOST_MODELS = 5_000  # the pairs of more don't fit in memory
 MOST_WORK = 1e10  # pairs times resamples: about a minute on one core
 NO_RIVALS = ("srr_", "rate_subspaces", "baseline_")  # SRR's variants and parts, and baselines
 PIECE = 200_000  # numbers at once, so that they stay in the cache
@@ -32,37 +30,15 @@ class Models(NamedTuple):
     stratum: np.ndarray  # (n,)
 
 
-def number(cell):
-    """The number in a cell of a table: NaN where it is missing, None where it is other text."""
-    text = str(cell).strip()
-    if text.lower() in MISSING:
-        return math.nan
-    try:
-        return None if "_" in text else float(text)
-    except ValueError:
-        return None
-
-
 def numbers(table, column, argument="measures"):
-    """A column as floats (n,), NaN where missing. Raises ValueError at other text."""
-    values = [number(cell) for cell in table[column]]
-    if None in values:
-        row = table.iloc[values.index(None)]
+    """A column as floats (n,), NaN where missing. Raises ValueError at text."""
+    values = pd.to_numeric(table[column], errors="coerce")
+    wrong = values.isna() & table[column].notna()
+    if wrong.any():
+        row = table.loc[wrong.idxmax()]
         run = f" (run {row['run']})" if "run" in table else ""
         raise ValueError(f"{argument} {column}: row {row.name}{run}: {row[column]!r} is not a number like 1234.5 or 1e-3")
-    return np.array(values, float)
-
-
-def levels(values, tolerance=1e-6):
-    """The level of each value, as text. Numbers that differ by less than `tolerance`, relatively, are one level."""
-    texts = [str(value).strip() for value in values]
-    known = {text: number(text) for text in texts}
-    level, last = {}, math.nan
-    for x in sorted(x for x in known.values() if x is not None and not math.isnan(x)):
-        if not math.isclose(x, last, rel_tol=tolerance):
-            last = x
-        level[x] = f"{last:.7g}" if tolerance else repr(last)
-    return [level.get(known[text], text) for text in texts]
+    return values.to_numpy(float)
 
 
 def cells(columns):
@@ -76,13 +52,11 @@ def arrange(table, hyperparameters, seed_column=None, strata=None):
     Raises ValueError where a combination occurs twice with one seed, or where a setting lies in several strata.
     """
 
-    def codes(column, tolerance=1e-6):
-        if column is None:
-            return np.zeros(len(table), int)
-        return pd.factorize(np.array(levels(table[column], tolerance)))[0]
+    def codes(column):
+        return np.zeros(len(table), int) if column is None else pd.factorize(table[column], use_na_sentinel=False)[0]
 
     axes = np.stack([codes(axis) for axis in hyperparameters], axis=1)
-    models = pd.DataFrame({"setting": cells(axes), "seed": codes(seed_column, 0), "stratum": codes(strata)})
+    models = pd.DataFrame({"setting": cells(axes), "seed": codes(seed_column), "stratum": codes(strata)})
     twice = models.duplicated(["setting", "seed"])
     if twice.any():
         row = table.iloc[twice.argmax()]
@@ -222,8 +196,6 @@ def point_statistics(mu, g, models, i, j, groups, hyperparameters):
         row["sign_error_p90"] = float(np.quantile(pooled, 0.9, method="inverted_cdf"))
     for axis, of_axis in zip(hyperparameters, errors):
         row[f"sign_error_mean_{axis}"] = float(mean_of_finite(of_axis))
-        right, wrong = int((of_axis < 0.5).sum()), int((of_axis > 0.5).sum())
-        row[f"sign_p_{axis}"] = float(binomtest(right, right + wrong).pvalue) if right + wrong else math.nan
     if not seeds:
         row["note"] = "too few models"
     elif all(np.ptp(mu[own]) == 0 for own in seeds):
@@ -352,9 +324,9 @@ def compare_with_srr(rows, point, samples):
         rows[srr]["share_first"] = pd.Series(ahead(samples["tau"], rivals)).dropna().gt(0).mean()
 
 
-def ranked(table, measures, seed, argument="measures"):
+def ranked(table, measures, seed):
     """The measures (m, n) as ranks, NaN where they aren't finite, and where a seed (n,) has fewer than 3 models that are."""
-    mu = np.stack([numbers(table, name, argument) for name in measures])
+    mu = np.stack([numbers(table, name) for name in measures])
     mu[~np.isfinite(mu)] = math.nan
     for own in (seed == one for one in np.unique(seed)):
         mu[np.ix_(np.isfinite(mu[:, own]).sum(axis=1) < 3, own)] = math.nan
@@ -375,7 +347,6 @@ def correlate(
     tau is tau-a; `ties` counts pairs tied in the measure or the gap. *_low, *_high: 95 % percentile bootstrap over settings,
     for tau_within and tau_between inside strata. p_value, p_within: permutation tests; p_holm: for the number of measures,
     of which SRR's variants and parts and the baselines are none.
-    sign_p_<axis>: exact sign test over pairs of settings that differ on this axis alone, too sure with more than two levels.
 
     Raises ValueError; its message begins with the name of the argument that is wrong.
     """
@@ -384,8 +355,6 @@ def correlate(
     kept, given = np.isfinite(g), len(table)
     table, g = table[kept], g[kept]
     models = arrange(table, hyperparameters, seed_column, strata)
-    if len(g) > MOST_MODELS:
-        raise ValueError(f"gap {gap}: {len(g)} models; at most {MOST_MODELS} can be analysed")
     if np.bincount(models.seed, minlength=1).max() < 3:
         raise ValueError(f"gap {gap}: {len(g)} models; rank statistics need 3 or more of one seed")
     mu = ranked(table, measures, models.seed)
@@ -398,7 +367,7 @@ def correlate(
     if val_losses is not None:
         gaps = draw_images(g, np.asarray(val_losses, float)[kept], resamples, generator.spawn(1)[0])
     g = rankdata(g)
-    groups = pair_groups(models, i, j, hyperparameters, pd.unique(np.array(levels(table[strata]))) if strata else ())
+    groups = pair_groups(models, i, j, hyperparameters, table[strata].unique() if strata else ())
     by_seed = averages(mu, g[:, None], np.ones((len(g), 1)), i, j, groups)
     point = {statistic: mean_of_finite(values) for statistic, values in by_seed.items()}  # (m, 1)
 
@@ -414,7 +383,8 @@ def correlate(
         samples |= {statistic: mean_of_finite(values) for statistic, values in drawn.items()}
         p[column] = permutation_p_values(mu, g, inside, resamples, generator)
         if controls and column == "p_value":  # these draws are over all models
-            z = ranked(table, controls, models.seed, "controls")
+            others = pd.get_dummies(table[list(controls)], dtype=float)  # a column for each level of a text
+            z = ranked(others, others.columns, models.seed)
             for into, weights in ((point, np.ones((len(g), 1))), (samples, draws)):
                 into["partial"] = np.array([partial_correlation(of_measure, g, z, weights) for of_measure in mu])
     counted = [name == "srr" or not name.startswith(NO_RIVALS) for name in measures]

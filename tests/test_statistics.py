@@ -31,7 +31,7 @@ def noisy(seeds=(0,), ties=False, holes=0, rng=0, axes=AXES):
         if ties:
             row |= {key: round(row[key]) for key in ("gap", "a", "b")}
     if holes:
-        table[1]["a"], table[4]["a"], table[7]["a"] = math.nan, "", math.inf
+        table[1]["a"], table[4]["a"], table[7]["a"] = math.nan, None, math.inf
     return table
 
 
@@ -102,7 +102,7 @@ def slow_errors(rows, axis):
 @pytest.mark.parametrize("seeds", ((0,), (3, 5, 8)))
 def test_all_statistics_equal_loops_over_pairs(ties, holes, seeds):
     table = noisy(seeds, ties, holes)
-    rows = [row for row in table if row["a"] != "" and math.isfinite(row["a"])]
+    rows = [row for row in table if row["a"] is not None and math.isfinite(row["a"])]
     by_seed = [[row for row in rows if row["seed"] == seed] for seed in seeds]
     result = one(table, seed_column="seed", strata="model")
 
@@ -131,9 +131,6 @@ def test_all_statistics_equal_loops_over_pairs(ties, holes, seeds):
     )
     for axis, values in errors.items():
         assert result[f"sign_error_mean_{axis}"] == pytest.approx(np.mean(values))
-        wins, losses = sum(value < 0.5 for value in values), sum(value > 0.5 for value in values)
-        if wins + losses:
-            assert result[f"sign_p_{axis}"] == pytest.approx(stats.binomtest(wins, wins + losses).pvalue)
 
 
 def test_tau_is_that_within_and_between_by_their_numbers_of_pairs():
@@ -161,7 +158,6 @@ def test_a_measure_that_is_one_of_the_hyperparameters():
     assert row["psi_lr"] == row["tau_between"] == 1 and row["Psi"] == 1 / 4
     assert row["psi_model"] == row["psi_batch_size"] == row["tau_within"] == 0
     assert row["tau"] == pytest.approx(16 * 16 / math.comb(32, 2)) and row["ties"] == 2 * math.comb(16, 2)
-    assert row["sign_p_lr"] == pytest.approx(2 / 2**16)  # 16 matched pairs, all on one side
 
 
 def test_pairs_join_no_two_seeds_unless_every_run_has_its_own():
@@ -174,7 +170,7 @@ def test_pairs_join_no_two_seeds_unless_every_run_has_its_own():
 
 
 def test_resamples_equal_loops_over_the_copies():
-    rows = [row for row in noisy(ties=True, holes=5) if row["a"] != "" and math.isfinite(row["a"])]
+    rows = [row for row in noisy(ties=True, holes=5) if row["a"] is not None and math.isfinite(row["a"])]
     models = statistics.arrange(pd.DataFrame(rows), list(AXES))
     mu, g = (np.array([row[key] for row in rows], float) for key in ("a", "gap"))
     draws = statistics.draw(np.zeros(len(rows)), 10, np.random.default_rng(1))
@@ -248,10 +244,13 @@ def test_rank_correlation_given_others_is_that_of_residuals():
     table = pd.DataFrame(
         {"id": range(40), "gap": steps + 0.3 * rng.normal(size=40), "steps": steps, "fixed": 1.0, "other": rng.normal(size=40)}
     )
-    table["srr"] = steps + 0.3 * rng.normal(size=40)
+    table["srr"], table["kind"] = steps + 0.3 * rng.normal(size=40), list("abcd") * 10
     table.loc[3, "srr"] = math.nan
-    row = correlate(table, ["id"], "gap", ["srr"], controls=["steps", "other", "fixed"], resamples=200)[0]
-    ranks = np.stack([rankdata(table.drop(3)[name]) for name in ("srr", "gap", "steps", "other")] + [np.ones(39)])
+    row = correlate(table, ["id"], "gap", ["srr"], controls=["steps", "other", "fixed", "kind"], resamples=200)[0]
+    ranks = np.stack(
+        [rankdata(table.drop(3)[name]) for name in ("srr", "gap", "steps", "other")]
+        + [table["kind"].drop(3) == kind for kind in "abcd"]
+    )
     mu, g = (values - ranks[2:].T @ np.linalg.lstsq(ranks[2:].T, values)[0] for values in ranks[:2])
     assert row["partial"] == pytest.approx(np.corrcoef(mu, g)[0, 1]) and abs(row["partial"]) < 0.4 < row["tau"]
     assert row["partial_low"] < row["partial"] < row["partial_high"]
@@ -287,7 +286,7 @@ def test_reliability():
 def test_constant_and_missing_measures():
     table = noisy((0, 1))[:34]  # two models of the second seed: too few
     for k, row in enumerate(table):
-        row |= {"constant": 3.0, "rare": row["gap"] if k < 2 else "-"}
+        row |= {"constant": 3.0, "rare": row["gap"] if k < 2 else None}
     table[5]["gap"] = None
     constant, rare, a = correlate(table, list(AXES), "gap", ["constant", "rare", "a"], seed_column="seed", resamples=100)
     assert constant["tau"] == constant["tau_low"] == constant["Psi"] == 0 and constant["p_value"] == 1
@@ -309,14 +308,7 @@ def test_too_many_pairs_leave_out_intervals_and_p_values(monkeypatch):
     assert all(math.isnan(row[key]) for key in ("tau_low", "Psi_high", "tau_within_low", "p_value", "p_holm", "p_within"))
 
 
-def test_levels():
-    texts = ["1e-3", "0.001", 0.001, "0.0010000000474974513", "0.0010001", "48", 48.0, "a ", "a", "nan", ""]
-    assert statistics.levels(texts) == ["0.001"] * 4 + ["0.0010001", "48", "48", "a", "a", "nan", ""]
-    assert statistics.levels([2**40, 2**40 + 1]) == ["1.099512e+12"] * 2
-    assert len(set(statistics.levels([2**40, 2**40 + 1, "7", "7.0"], 0))) == 3  # seeds
-
-
-@pytest.mark.parametrize("cell", ("1,234.5", "12%", "0,5", "1_000", "true", "high"))
+@pytest.mark.parametrize("cell", ("1,234.5", "12%", "high"))
 def test_text_in_a_column_of_numbers_is_refused(cell):
     table = pd.DataFrame(noisy()).astype({"a": object}).assign(run="r")
     table.loc[3, "a"] = cell
@@ -331,7 +323,7 @@ def test_bad_tables_raise_with_the_name_of_the_argument():
     with pytest.raises(ValueError, match="^gap gap: 2 models; .* 3 or more"):
         one(table[:2])
     with pytest.raises(ValueError, match="^gap gap: 0 models; .* 3 or more"):
-        one([row | {"gap": "nan"} for row in table])
+        one([row | {"gap": math.nan} for row in table])
     with pytest.raises(ValueError, match="^strata part: models that share all hyperparameters differ in it"):
         one([row | {"part": row["seed"]} for row in noisy((0, 1))], seed_column="seed", strata="part")
 
