@@ -26,7 +26,7 @@ class Models(NamedTuple):
     levels: np.ndarray  # (n, axes)
     setting: np.ndarray  # (n,)
     seed: np.ndarray  # (n,)
-    slot: np.ndarray  # (n,), tells the models of one setting apart: the seed, or a count where all seeds differ
+    replicate: np.ndarray  # (n,), tells the models of one setting apart: the seed, or a count where all seeds differ
     stratum: np.ndarray  # (n,)
 
 
@@ -64,9 +64,9 @@ def arrange(table, hyperparameters, seed_column=None, strata=None):
         raise ValueError(f"hyperparameters: the combination {named} occurs twice; a seed column can tell models apart")
     if (models.groupby("setting")["stratum"].nunique() > 1).any():
         raise ValueError(f"strata {strata}: models that share all hyperparameters differ in it; name a hyperparameter")
-    models["slot"] = models["seed"]
+    models["replicate"] = models["seed"]
     if models["seed"].is_unique:
-        models["slot"] = models.groupby("setting").cumcount()
+        models["replicate"] = models.groupby("setting").cumcount()
         models["seed"] = np.zeros(len(table), int)
     return Models(axes, *(models[name].to_numpy() for name in Models._fields[1:]))
 
@@ -252,19 +252,19 @@ def permutation_p_values(mu, g, models, resamples, rng):
     Settings that lack a seed are left out. The given order is one of the permutations, so that p is never 0.
     """
     present = np.isfinite(mu).any(axis=0)
-    slots = max(1, len(np.unique(models.slot[present])))
-    whole = present & (np.bincount(models.setting, present)[models.setting] == slots)
-    whole = np.lexsort((models.slot, models.setting, ~whole))[: whole.sum()]  # setting by setting
-    if len(whole) < 3 * slots or not resamples:
+    replicates = max(1, len(np.unique(models.replicate[present])))
+    whole = present & (np.bincount(models.setting, present)[models.setting] == replicates)
+    whole = np.lexsort((models.replicate, models.setting, ~whole))[: whole.sum()]  # setting by setting
+    if len(whole) < 3 * replicates or not resamples:
         return np.full(len(mu), math.nan)
     mu, g, models = mu[:, whole], g[whole], Models(*(values[whole] for values in models))
     i, j = all_pairs(models)
     inside = models.stratum[i] == models.stratum[j]
-    stratum = models.stratum[::slots]  # of each setting
+    stratum = models.stratum[::replicates]  # of each setting
     order = np.tile(np.arange(len(stratum))[:, None], resamples + 1)  # (settings, 1 + R), the first as given
     for own in (np.flatnonzero(stratum == level) for level in np.unique(stratum)):
         order[own, 1:] = rng.permuted(order[own, 1:], axis=0)
-    permuted = g.astype(np.float32).reshape(-1, slots)[order]  # (settings, 1 + R, slots)
+    permuted = g.astype(np.float32).reshape(-1, replicates)[order]  # (settings, 1 + R, replicates)
     permuted = permuted.swapaxes(1, 2).reshape(len(whole), -1)
     total, count = agreement(mu, permuted, np.ones((len(whole), 1), np.float32), i[inside], j[inside])
     return np.where(count[:, 0] > 0, np.mean(np.abs(total) >= np.abs(total[:, :1]), axis=1), math.nan)
@@ -371,22 +371,24 @@ def correlate(
     by_seed = averages(mu, g[:, None], np.ones((len(g), 1)), i, j, groups)
     point = {statistic: mean_of_finite(values) for statistic, values in by_seed.items()}  # (m, 1)
 
-    psi = [f"psi_{axis}" for axis in hyperparameters]
-    tests = {"p_value": (models._replace(stratum=np.zeros_like(models.stratum)), ["tau", *psi])}
-    if strata:
-        tests["p_within"] = models, ["tau_within", "tau_between"]
-    samples, p = {}, {}  # {statistic: (m, R)}, {column: (m,)}
-    for column, (inside, statistics) in tests.items():
-        stratum = inside.stratum[np.unique(models.setting, return_index=True)[1]]  # of each setting
-        draws = draw(stratum, resamples, generator)[models.setting]
+    def resampled(stratum, statistics):
+        """Settings are drawn and permuted inside strata (n,): {statistic: (m, R)}, p-values (m,), the draws (n, R)."""
+        inside = models._replace(stratum=stratum)
+        draws = draw(stratum[np.unique(models.setting, return_index=True)[1]], resamples, generator)[models.setting]
         drawn = averages(mu, gaps, draws, i, j, {statistic: groups[statistic] for statistic in statistics})
-        samples |= {statistic: mean_of_finite(values) for statistic, values in drawn.items()}
-        p[column] = permutation_p_values(mu, g, inside, resamples, generator)
-        if controls and column == "p_value":  # these draws are over all models
-            others = pd.get_dummies(table[list(controls)], dtype=float)  # a column for each level of a text
-            z = ranked(others, others.columns, models.seed)
-            for into, weights in ((point, np.ones((len(g), 1))), (samples, draws)):
-                into["partial"] = np.array([partial_correlation(of_measure, g, z, weights) for of_measure in mu])
+        drawn = {statistic: mean_of_finite(values) for statistic, values in drawn.items()}
+        return drawn, permutation_p_values(mu, g, inside, resamples, generator), draws
+
+    psi, p = [f"psi_{axis}" for axis in hyperparameters], {}
+    samples, p["p_value"], draws = resampled(np.zeros_like(models.stratum), ["tau", *psi])
+    if controls:
+        others = pd.get_dummies(table[list(controls)], dtype=float)  # a column for each level of a text
+        z = ranked(others, others.columns, models.seed)
+        for into, weights in ((point, np.ones((len(g), 1))), (samples, draws)):
+            into["partial"] = np.array([partial_correlation(of_measure, g, z, weights) for of_measure in mu])
+    if strata:
+        within, p["p_within"], _ = resampled(models.stratum, ["tau_within", "tau_between"])
+        samples |= within
     counted = [name == "srr" or not name.startswith(NO_RIVALS) for name in measures]
     p["p_holm"] = holm(np.where(counted, p["p_value"], math.nan))
 
