@@ -31,7 +31,8 @@ def parse_arguments():
     add("--seed-column", metavar="COLUMN", help="statistics per seed, then averaged (default: seed, if there is one; or: none)")
     add("--by", metavar="COLUMN", help="also each value alone; one more hyperparameter of all rows (default: none)")
     add("--strata", metavar="COLUMN", help="tau within and between them (default: model, if a hyperparameter; or: none)")
-    add("--controls", nargs="+", default=[], metavar="COLUMN", help="rank correlation given these, too (default: none)")
+    controls = "partial rank correlation given these; may be given several times (default: none)"
+    add("--controls", nargs="+", action="append", default=[], metavar="COLUMN", help=controls)
     add("--val-losses", metavar="FILE.npz", help="run (names), losses (runs, images): resample images, too (default: none)")
     add("--resamples", type=number(int, 1), default=10_000, help="and permutations (default: %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of resamples and permutations (default: %(default)s)")
@@ -72,15 +73,14 @@ def check_columns(arguments, columns):
     for argument in ("seed_column", "strata"):
         if getattr(arguments, argument) == "none":
             setattr(arguments, argument, None)
-    for argument in ("hyperparameters", "gap", "measures", "seed_column", "by", "strata", "controls"):
-        names, flag = getattr(arguments, argument) or [], f"--{argument.replace('_', '-')}"
-        names = [names] if isinstance(names, str) else names
-        for name in names:
+    flags = {"--hyperparameters": arguments.hyperparameters, "--measures": arguments.measures or []}
+    flags |= {"--gap": [arguments.gap], "--by": [arguments.by], "--controls": sum(arguments.controls, [])}
+    flags |= {"--seed-column": [arguments.seed_column], "--strata": [arguments.strata]}
+    for flag, names in flags.items():
+        for name in filter(None, names):
             if name not in columns:
                 raise InputError(f"{flag} {name}: no such column; the table has {', '.join(columns)}")
-            if names.count(name) > 1:
-                raise InputError(f"{flag}: {name} is named twice; name it once")
-            if argument in ("gap", "seed_column") and name in axes:
+            if flag in ("--gap", "--seed-column") and name in axes:
                 raise InputError(f"{flag} {name}: it is also a hyperparameter; it can't be both")
     if arguments.hyperparameters == [arguments.by]:
         raise InputError(f"--by {arguments.by}: it is the only hyperparameter; name another with --hyperparameters")
@@ -158,8 +158,7 @@ def markdown(table, axes, strata, rows, gap, controls):
     columns = {f"psi_{axis}": axis for axis in axes} | {"Psi": "Psi", "tau": "tau"}
     if strata:
         columns |= {"tau_within": f"tau within {strata}", "tau_between": "tau between"}
-    if controls:
-        columns["partial"] = f"Spearman's rho given {', '.join(controls)}"
+    columns |= {"_".join(["rho_given", *given]): f"Spearman's rho given {', '.join(given)}" for given in controls}
     forms = {"p_value": ".2g", "p_holm": ".2g", "K": ".3f", "sign_error_mean": ".3f"}
     header = ["measure", *columns.values(), "p", "p (Holm)", "K", "sign error, mean", "models", "note"]
     lines = [header, ["---"] * len(header)]

@@ -139,6 +139,7 @@ OF_EACH_WIDTH = [
     ("SRR correlates with the gap, {}: tau", +1, "tau", ["srr"]),
     ("SRR ranks between implementations, {}: tau", +1, "tau_between", ["srr"]),
     ("SRR ranks within an implementation, {}: tau", +1, "tau_within", ["srr"]),
+    ("Beyond the paper, SRR ranks given model type and learning rate, {}: rho", +1, "rho_given_model_lr", ["srr"]),
     ("SRR has the highest tau, {}: its lead over the closest rival", +1, "lead", ["srr"]),
 ]
 OF_THE_SMALLER_WIDTH = OF_EACH_WIDTH + [
@@ -155,7 +156,8 @@ OF_THE_LARGER_WIDTH = OF_EACH_WIDTH + [
 ACROSS_WIDTHS = [("Beyond the paper, SRR across widths: tau", 0, "tau", ["srr"])]
 OF_THE_STUDY = [
     ("Beyond the paper, the study: SRR ranks within types, tau", +1, "tau_within", ["srr"]),
-    ("Beyond the paper, the study: SRR ranks given steps and parameters, Spearman's rho", +1, "partial", ["srr"]),
+    ("Beyond the paper, the study: SRR ranks given steps and parameters, rho", +1, "rho_given_baseline_steps_params", ["srr"]),
+    ("Beyond the paper, the study: SRR ranks given model type and learning rate, rho", +1, "rho_given_model_lr", ["srr"]),
 ]
 
 

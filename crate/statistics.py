@@ -310,7 +310,7 @@ def compare_with_srr(rows, point, samples):
         return values[srr] - np.fmax.reduce(values[others])
 
     for statistic in samples:
-        if statistic in ("Psi", "tau_between", "partial"):
+        if statistic in ("Psi", "tau_between") or statistic.startswith("rho"):
             continue
         suffix = f"_{statistic}".removeprefix("_tau")
         compared = [(row, f"diff_srr{suffix}", [k]) for k, row in enumerate(rows)]
@@ -341,8 +341,8 @@ def correlate(
 
     table: a DataFrame or a list of dicts, a row per model; a missing gap drops it, a measure that isn't finite for this
     measure. With a seed_column statistics are per seed, then averaged. strata: a column, such as the model type. controls:
-    columns, given which there is a partial rank correlation over all models and seeds, `partial`. val_losses (rows, images):
-    every resample, but those of `partial`, draws the images anew, too.
+    lists of columns, numbers or text; `rho_given_a_b`, for the list [a, b], is Spearman's correlation given these, over all
+    models and seeds. val_losses (rows, images): every resample, but those of rho, draws the images anew, too.
 
     tau is tau-a; `ties` counts pairs tied in the measure or the gap. *_low, *_high: 95 % percentile bootstrap over settings,
     for tau_within and tau_between inside strata. p_value, p_within: permutation tests; p_holm: for the number of measures,
@@ -381,11 +381,11 @@ def correlate(
 
     psi, p = [f"psi_{axis}" for axis in hyperparameters], {}
     samples, p["p_value"], draws = resampled(np.zeros_like(models.stratum), ["tau", *psi])
-    if controls:
-        others = pd.get_dummies(table[list(controls)], dtype=float)  # a column for each level of a text
-        z = ranked(others, others.columns, models.seed)
+    for columns in controls:
+        others = pd.get_dummies(table[list(columns)], dtype=float)  # a column for each level of a text
+        z, name = ranked(others, others.columns, models.seed), "_".join(["rho_given", *columns])
         for into, weights in ((point, np.ones((len(g), 1))), (samples, draws)):
-            into["partial"] = np.array([partial_correlation(of_measure, g, z, weights) for of_measure in mu])
+            into[name] = np.array([partial_correlation(of_measure, g, z, weights) for of_measure in mu])
     if strata:
         within, p["p_within"], _ = resampled(models.stratum, ["tau_within", "tau_between"])
         samples |= within

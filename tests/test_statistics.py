@@ -246,14 +246,15 @@ def test_rank_correlation_given_others_is_that_of_residuals():
     )
     table["srr"], table["kind"] = steps + 0.3 * rng.normal(size=40), list("abcd") * 10
     table.loc[3, "srr"] = math.nan
-    row = correlate(table, ["id"], "gap", ["srr"], controls=["steps", "other", "fixed", "kind"], resamples=200)[0]
+    row = correlate(table, ["id"], "gap", ["srr"], controls=[["steps", "other", "fixed", "kind"]], resamples=200)[0]
     ranks = np.stack(
         [rankdata(table.drop(3)[name]) for name in ("srr", "gap", "steps", "other")]
         + [table["kind"].drop(3) == kind for kind in "abcd"]
     )
     mu, g = (values - ranks[2:].T @ np.linalg.lstsq(ranks[2:].T, values)[0] for values in ranks[:2])
-    assert row["partial"] == pytest.approx(np.corrcoef(mu, g)[0, 1]) and abs(row["partial"]) < 0.4 < row["tau"]
-    assert row["partial_low"] < row["partial"] < row["partial_high"]
+    name = "rho_given_steps_other_fixed_kind"
+    assert row[name] == pytest.approx(np.corrcoef(mu, g)[0, 1]) and abs(row[name]) < 0.4 < row["tau"]
+    assert row[f"{name}_low"] < row[name] < row[f"{name}_high"]
     times = rng.multinomial(40, np.full(40, 1 / 40), size=1).T  # a resample is the table with its rows so often
     found = statistics.partial_correlation(rankdata(table["gap"]), rankdata(table["other"]), [rankdata(table["steps"])], times)
     copies = np.repeat(np.stack([rankdata(table[name]) for name in ("gap", "other", "steps")]), times[:, 0], axis=1)
