@@ -159,11 +159,14 @@ def markdown(table, axes, strata, rows, gap, controls):
     if strata:
         columns |= {"tau_within": f"tau within {strata}", "tau_between": "tau between"}
     columns |= {"_".join(["rho_given", *given]): f"Spearman's rho given {', '.join(given)}" for given in controls}
-    forms = {"p_value": ".2g", "p_holm": ".2g", "K": ".3f", "sign_error_mean": ".3f"}
-    header = ["measure", *columns.values(), "p", "p (Holm)", "K", "sign error, mean", "models", "note"]
+    forms = {"p_value": ("p", ".2g"), "p_holm": ("p (Holm)", ".2g"), "K": ("K", ".3f")}
+    if strata:
+        forms["K_within"] = f"K given {strata}", ".3f"
+    forms["sign_error_mean"] = "sign error, mean", ".3f"
+    header = ["measure", *columns.values(), *(heading for heading, _ in forms.values()), "models", "note"]
     lines = [header, ["---"] * len(header)]
     for row in rows:
-        numbers = [value(row, column) for column in columns] + [value(row, column, form) for column, form in forms.items()]
+        numbers = [value(row, column) for column in columns] + [value(row, column, form) for column, (_, form) in forms.items()]
         lines.append([row["measure"], *numbers, str(row["models"]), row["note"]])
     text = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 

@@ -152,16 +152,16 @@ def mean_of_finite(values):
     return np.where(finite, values, 0).sum(axis=0) / finite.sum(axis=0)
 
 
-def conditional_information(mu, g, levels):
-    """K of Jiang et al.: the minimum over S, |S| <= 2, of I(V_mu; V_g | U_S) / H(V_g | U_S); mu, g (n,), levels (n, axes).
+def conditional_information(mu, g, levels, sizes=(0, 1, 2)):
+    """K of Jiang et al.: the minimum over sets S of axes of I(V_mu; V_g | U_S) / H(V_g | U_S); mu, g (n,), levels (n, axes).
 
-    Over ordered pairs tied in neither; V are the signs, U_S both models' levels on S. An S that leaves V_g no entropy is
-    passed over; NaN if all are.
+    sizes: of the sets. Over ordered pairs tied in neither; V are the signs, U_S both models' levels on S. An S that leaves V_g
+    no entropy is passed over; NaN if all are.
     """
     i, j = np.nonzero((mu[:, None] != mu) & (g[:, None] != g))
     signs = 2 * (mu[i] > mu[j]) + (g[i] > g[j])
     ratios = []
-    for S in itertools.chain(*(itertools.combinations(range(levels.shape[1]), size) for size in range(3))):
+    for S in itertools.chain(*(itertools.combinations(range(levels.shape[1]), size) for size in sizes)):
         cell = cells(levels[:, list(S)])
         U, known = pd.factorize(cell[i] * len(cell) + cell[j])
         p = np.bincount(4 * U + signs, minlength=4 * len(known)).reshape(-1, 2, 2) / max(1, len(i))  # (U_S, V_mu, V_g)
@@ -185,8 +185,10 @@ def point_statistics(mu, g, models, i, j, groups, hyperparameters):
     agree = np.sign(mu[i] - mu[j]) * np.sign(g[i] - g[j])
     seeds = [present & (models.seed == seed) for seed in np.unique(models.seed[present])]
     K = pd.Series([conditional_information(mu[own], g[own], models.levels[own]) for own in seeds], dtype=float)
+    given = pd.Series([conditional_information(mu[own], g[own], models.stratum[own, None], [1]) for own in seeds], dtype=float)
     tau_b = pd.Series([kendalltau(mu[own], g[own]).statistic for own in seeds], dtype=float)
     row = {"tau_b": tau_b.mean(), "ties": int((agree == 0).sum()), "K": K.mean(), "K_sd": K.std()}
+    row["K_within"] = given.mean()
     row |= {"models": int(present.sum()), "seeds": len(seeds), "note": ""}
     errors = [sign_errors(agree, i, j, models.setting, groups[f"psi_{axis}"]) for axis in hyperparameters]
     pooled = np.concatenate(errors)
@@ -344,9 +346,9 @@ def correlate(
     lists of columns, numbers or text; `rho_given_a_b`, for the list [a, b], is Spearman's correlation given these, over all
     models and seeds. val_losses (rows, images): every resample, but those of rho, draws the images anew, too.
 
-    tau is tau-a; `ties` counts pairs tied in the measure or the gap. *_low, *_high: 95 % percentile bootstrap over settings,
-    for tau_within and tau_between inside strata. p_value, p_within: permutation tests; p_holm: for the number of measures,
-    of which SRR's variants and parts and the baselines are none.
+    tau is tau-a; `ties` counts pairs tied in the measure or the gap; K_within is K given the stratum alone. *_low, *_high:
+    95 % percentile bootstrap over settings, for tau_within and tau_between inside strata. p_value, p_within: permutation
+    tests; p_holm: for the number of measures, of which SRR's variants and parts and the baselines are none.
 
     Raises ValueError; its message begins with the name of the argument that is wrong.
     """

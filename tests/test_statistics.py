@@ -64,10 +64,10 @@ def slow_psi(rows, axis):
     return np.mean([mean_over_pairs(group) for group in groups.values() if len(group) > 1])
 
 
-def slow_k(rows):
+def slow_k(rows, sets=[S for size in range(3) for S in itertools.combinations(AXES, size)]):
     """min over S of I(V_mu; V_g | U_S) / H(V_g | U_S), by dictionaries of conditional probabilities."""
     ratios = []
-    for S in (S for size in range(3) for S in itertools.combinations(AXES, size)):
+    for S in sets:
         cells = {}
         for a, b in itertools.permutations(rows, 2):
             v = (sign(a["a"] - b["a"]), sign(a["gap"] - b["gap"]))
@@ -123,6 +123,7 @@ def test_all_statistics_equal_loops_over_pairs(ties, holes, seeds):
         expect(f"psi_{axis}", lambda part: slow_psi(part, axis))
     expect("Psi", lambda part: np.mean([slow_psi(part, axis) for axis in AXES]))
     expect("K", slow_k, 1e-9)
+    expect("K_within", lambda part: slow_k(part, [("model",)]), 1e-9)
     assert result["ties"] == sum(agreement(a, b) == 0 for part in by_seed for a, b in itertools.combinations(part, 2))
     errors = {axis: slow_errors(rows, axis) for axis in AXES}
     pooled = sum(errors.values(), [])
