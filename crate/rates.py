@@ -1,7 +1,8 @@
 """Coding rates R and R^c (Eq. 1), their gradients (Eq. 6) and the second-order expansion (Eqs. 5, 7).
 
 Tokens are rows, `(..., N, d)`: the transpose of the paper's Z in R^{d x N}. U is `(d, d)`, its columns [U_1 .. U_K].
-All of it runs in float32 or float64 with autocast and TF32 off: half-precision Gram matrices lose positive definiteness.
+All of it runs in float32 or float64 with autocast and TF32 off: half-precision Gram matrices lose positive definiteness. Call
+backward outside autocast, as torch advises.
 """
 
 import torch

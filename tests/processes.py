@@ -1,16 +1,12 @@
-"""Real processes for the tests: train.py started as a user would, in children that are forked from a server which has torch
-loaded, so that each starts in a tenth of a second and can be killed; and the faults that befall them."""
+"""train.py in real processes that can be killed, forked from a server that has torch loaded; and faults that befall them."""
 
-import ctypes
 import itertools
 import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -19,7 +15,7 @@ import train
 from crate import training
 from crate.cli import run
 from crate.files import load_checkpoint
-from crate.runs import lock_holder, read_log, read_run
+from crate.runs import read_log, read_run
 
 torch.set_num_threads(1)
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -45,10 +41,7 @@ def _child(arguments, output, fault):
 
 
 class Train:
-    """train.py with SMALL and these flags; what it prints is in `output`, or out/text.
-
-    fault: a function and its arguments, called in the process before it begins.
-    """
+    """train.py with SMALL and these flags. fault: a function and its arguments, called in the process before it begins."""
 
     def __init__(self, out, *flags, output=None, fault=()):
         self.output = output or out / "text"
@@ -56,8 +49,7 @@ class Train:
         self.process.start()
 
     def kill(self, number=signal.SIGKILL):
-        if self.process.is_alive():
-            os.kill(self.process.pid, number)
+        os.kill(self.process.pid, number)
 
     def wait(self, seconds=60):
         """Exit code and what it printed. A process that does not end is a failure."""
@@ -66,19 +58,6 @@ class Train:
             self.process.kill()
             raise AssertionError(f"a hang: not ended after {seconds} s: {self.output.read_text()}")
         return self.process.exitcode, self.output.read_text()
-
-
-@contextmanager
-def command(cwd, output, *words, **environment):
-    """Any process, in a group of its own; what it prints is in the file `output`."""
-    with open(output, "w") as text:
-        settings = dict(cwd=cwd, stdout=text, stderr=text, start_new_session=True, env=os.environ | environment)
-        process = subprocess.Popen([*map(str, words)], **settings)
-        try:
-            yield process
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
 
 
 def outcome(out):
@@ -95,15 +74,6 @@ def outcome(out):
     return runs
 
 
-def all_ended(out):
-    return not any(lock_holder(path.parent) for path in out.rglob("config.json"))
-
-
-def children(pid):
-    """The processes that process `pid` started."""
-    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
-
-
 def wait_until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -118,40 +88,22 @@ def environment(changes):
     os.environ.update(changes)
 
 
-def kill_at_write(n, point):
-    """The n-th write of a file ends in SIGKILL: half written, whole but not renamed ("before"), or just renamed ("after")."""
-    fsync, replace, writes = os.fsync, os.replace, itertools.count(1)
-    current = None
-
-    def die_if(here):
-        if current == n and here == point:
-            os.kill(os.getpid(), signal.SIGKILL)
+def kill_at_write(n):
+    """SIGKILL once the n-th file is half written."""
+    fsync, writes = os.fsync, itertools.count(1)
 
     def fsync_or_die(descriptor):
-        nonlocal current
-        current = next(writes)
-        if current == n and point == "half":
+        if next(writes) == n:
             os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
-        die_if("half")
+            os.kill(os.getpid(), signal.SIGKILL)
         fsync(descriptor)
 
-    def replace_or_die(source, target):
-        die_if("before")
-        replace(source, target)
-        die_if("after")
-
-    os.fsync, os.replace = fsync_or_die, replace_or_die
+    os.fsync = fsync_or_die
 
 
 def limit_file_size(size):
     """No file may grow beyond so many bytes, as on a disk that is full."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def give_up_privileges():
-    """Give up root's capabilities, so that file permissions bind it as they bind anybody."""
-    version, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    assert ctypes.CDLL(None).capset(version, nothing) == 0
 
 
 def nan_in_batch(n):

@@ -16,33 +16,23 @@ from crate.data import data_of
 from crate.files import load_checkpoint
 from crate.kernels import full_precision
 from crate.runs import load_run, read_log, resolve, srr_layers
-from crate.training import begin, evaluate, fit, learning_rate, train, training_loss
+from crate.training import begin, evaluate, fit, train, training_loss
 from tests import reference
-from tests.processes import nan_in_batch
 
 BAR = training.tqdm(disable=True)
 ONE_BATCH = dict(train_subset=44, batch_size=64)  # 40 images
 
 
-def config(amp="off", device="cpu", compile=False, save_every=0.0, **flags):
+def config(amp="off", device="cpu", compile=False, **flags):
     """The config of a tiny run: three steps an epoch, the last of 25 images."""
     small = dict(train_subset=250, hold_out=0.1, patch_size=4, width=12, heads=3, depth=3, epochs=3, batch_size=100, lr=1e-2)
-    where = dict(preset="laptop", device=torch.device(device), amp=amp, data_dir=Path("data"))
-    (one,) = resolve(
-        small | dict(log_srr_every=0) | flags, **where, compile=compile, graph=True, save_every=save_every
-    ).values()
+    where = dict(preset="laptop", device=torch.device(device), amp=amp, data_dir=Path("data"), compile=compile)
+    (one,) = resolve(small | dict(log_srr_every=0) | flags, **where, graph=True, save_every=0.0).values()
     return one
 
 
 def untimed(folder):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in read_log(folder)]
-
-
-def test_learning_rate_is_a_cosine_of_the_step():
-    steps = np.arange(101)
-    expected = 0.3 * np.cos(np.pi * steps / 200) ** 2  # the half-angle form
-    np.testing.assert_allclose([learning_rate(s, 100, 0.3, "cosine") for s in steps], expected, atol=1e-12)
-    assert {learning_rate(s, 100, 0.3, "constant") for s in steps} == {0.3}
 
 
 # Steps by hand
@@ -93,64 +83,41 @@ STEPS = {
     **{name: dict(model=name, srr_reg=0.1, srr_layer="all") for name in reference.VARIANTS},
     "plain": {},
     "last layer": dict(srr_reg=0.1),
+    "random layer": dict(srr_reg=1.0, srr_layer="random"),
     "first layer": dict(srr_reg=-0.1, srr_layer="1"),
     "l1": dict(srr_reg=0.1, srr_norm="l1", srr_lambda=0.02, srr_gamma=0.5),
     "clipped": dict(srr_reg=0.1, clip_norm=0.1),
-    "not clipped": dict(clip_norm=100.0),
     "decay": dict(weight_decay=3.0, schedule="constant"),
 }
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_equal_those_by_hand(tmp_path, name):
-    one, data, rows, seen = recorded_steps(tmp_path, **ONE_BATCH, epochs=2, **STEPS[name])
-    layers = srr_layers(one["srr_layer"], one["depth"], 1)[0]
+    one, data, rows, seen = recorded_steps(tmp_path, **ONE_BATCH, epochs=3, **STEPS[name])
+    choices = [[0], [1], [2]] if name == "random layer" else srr_layers(one["srr_layer"], one["depth"], 1)
     for (before, gradients), row in zip(seen, rows[1:], strict=False):  # one step an epoch
-        loss, measure, expected = by_hand(one, data, before, layers)
+        hands = [by_hand(one, data, before, layers) for layers in choices]
+        loss, measure, expected = min(hands, key=lambda hand: abs(hand[1] - row.get("train_srr", 0.0)))
         assert row["train_loss"] == pytest.approx(loss, rel=1e-5)
         assert row.get("train_srr", 0.0) == pytest.approx(measure, rel=1e-5)
         for key, gradient in gradients.items():
             reference.assert_close(gradient, expected[key], 2e-4)
-    rates = (1e-2, 1e-2) if one["schedule"] == "constant" else (1e-2, 0.5e-2)
+    rates = [1e-2 if one["schedule"] == "constant" else 1e-2 * math.cos(math.pi * step / 6) ** 2 for step in range(3)]
     assert [row["lr"] for row in rows[1:]] == pytest.approx(rates)
     for key, weight in seen[0][0].items():
         expected = weight.double()
         if weight.requires_grad:
             decay = one["weight_decay"] * (weight.ndim == 2)  # on matrices alone
-            expected = adamw(weight, [gradients[key] for _, gradients in seen[:2]], rates, decay)
-        torch.testing.assert_close(seen[2][0][key].double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_random_draws_a_layer_for_each_step(tmp_path):
-    one, data, rows, seen = recorded_steps(tmp_path, **ONE_BATCH, epochs=8, srr_reg=1.0, srr_layer="random")
-    drawn = []
-    for (before, gradients), row in zip(seen, rows[1:], strict=False):
-        hands = [by_hand(one, data, before, [layer]) for layer in range(3)]
-        (layer,) = [layer for layer in range(3) if row["train_srr"] == pytest.approx(hands[layer][1], rel=1e-5)]
-        for key, gradient in gradients.items():
-            reference.assert_close(gradient, hands[layer][2][key], 2e-4)
-        drawn.append(layer)
-    assert set(drawn) == {0, 1, 2}
-    many = np.ravel(srr_layers("random", 4, 4000))
-    assert np.all(np.abs(np.bincount(many, minlength=4) - 1000) < 150)  # about 5.5 standard deviations
-
-
-@pytest.mark.parametrize("variant", ["crate-c", "crate-fix", "vit"])
-def test_srr_of_a_layer_trains_that_layer_alone(tmp_path, variant):
-    flags = dict(model=variant, **ONE_BATCH, epochs=1, srr_layer="2")
-    without, with_srr = (recorded_steps(tmp_path / str(eta), srr_reg=eta, **flags)[3][0][1] for eta in (0.0, 1.0))
-    for name in without:
-        assert ((without[name] - with_srr[name]).abs().max() > 1e-6) == name.startswith("layers.1."), name
+            expected = adamw(weight, [gradients[key] for _, gradients in seen[:3]], rates, decay)
+        torch.testing.assert_close(seen[3][0][key].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("amp, tolerance", [("bf16", 0.1), ("fp16", 0.02)])
 def test_amp(tmp_path, amp, tolerance):
-    """The optimizer gets the gradient unscaled and clipped, and such runs train."""
+    """The optimizer gets the gradient unscaled and clipped."""
     one, data, _, seen = recorded_steps(tmp_path, amp=amp, clip_norm=0.1, **ONE_BATCH, epochs=1, srr_reg=0.01)
     for key, gradient in by_hand(one, data, seen[0][0], [2])[2].items():
         assert (seen[0][1][key] - gradient).norm() < tolerance * 0.1, key
-    result = train(config(amp=amp, epochs=8, srr_reg=1e-3, lr=2e-2), tmp_path / "run", False)
-    assert result["train_loss"] < read_log(tmp_path / "run")[0]["val_loss"] - 0.3
 
 
 @pytest.mark.slow
@@ -159,10 +126,9 @@ def test_amp(tmp_path, amp, tolerance):
 def test_compiled_layers_give_what_eager_ones_give(tmp_path, model):
     flags = dict(model=model, srr_reg=0.1, srr_layer="all")
     plain, compiled = (train(config(compile=c, **flags), tmp_path / str(c), False) for c in (False, True))
-    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
-    assert compiled["train_srr"] == pytest.approx(plain["train_srr"], rel=1e-3)
+    for key in ("train_loss", "train_srr"):
+        assert compiled[key] == pytest.approx(plain[key], rel=1e-3)
     load_run(tmp_path / "True")  # the names of the uncompiled module
-    train(config(compile=True, dropout=0.1, amp="bf16", **flags), tmp_path / "dropout", False)  # other masks, but finite
 
 
 @pytest.mark.cuda
@@ -184,11 +150,7 @@ def test_log_result_and_files(tmp_path):
     result = train(config(srr_reg=1e-3, dropout=0.1, log_srr_every=2), tmp_path, False)
     rows = read_log(tmp_path)
     assert [(row["epoch"], row["step"]) for row in rows] == [(0, 0), (1, 3), (2, 6), (3, 9)]
-    assert [("srr" in row) for row in rows] == [("srr_val" in row) for row in rows] == [True, False, True, True]
-    assert [("operators" in row) for row in rows] == [True, False, False, True]
-    for operators, layer in zip(rows[-1]["operators"], rows[-1]["srr"], strict=True):
-        assert operators["output"]["srr"] == pytest.approx(layer["srr"])
-    assert rows[-1]["srr_val"] != rows[-1]["srr"] and len(rows[0]["srr"]) == 3
+    assert [len(row.get("srr", [])) for row in rows] == [3, 0, 3, 3] and rows[-1]["srr_val"] != rows[-1]["srr"]
     assert result["gap"] == result["val_loss"] - result["train_loss"] and result["reached_target"] is None
     assert result["gap_accuracy"] == result["train_accuracy"] - result["val_accuracy"]
     assert result["train_srr"] == [rows[1]["train_srr"], rows[3]["train_srr"]]
@@ -205,13 +167,10 @@ def test_same_seed_same_run_and_other_seed_another(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(config(seed=seed, dropout=0.1, srr_reg=1e-3, srr_layer="random"), tmp_path / name, False)
     assert untimed(tmp_path / "a") == untimed(tmp_path / "b") != untimed(tmp_path / "c")
-    for file in ("init.pt", "last.pt"):
-        a, b = (load_checkpoint(tmp_path / name / file)["model"] for name in "ab")
-        assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_means_of_an_epoch_weigh_every_image_alike(tmp_path):
-    """Also those of its last batch, here of one image. At such a learning rate the model stays what it is."""
+    """Also the one image of the last batch. At such a learning rate the model stays what it is."""
     flags = dict(train_subset=112, batch_size=50, lr=1e-12, epochs=1, srr_reg=1e-3, log_srr_every=1)
     result, row = train(config(**flags), tmp_path, False), read_log(tmp_path)[-1]
     assert row["train_loss"] == pytest.approx(result["train_loss"], rel=1e-5)
@@ -219,117 +178,46 @@ def test_means_of_an_epoch_weigh_every_image_alike(tmp_path):
     assert row["train_srr"] == pytest.approx(row["srr"][-1]["srr"], rel=1e-5)
 
 
-@pytest.mark.parametrize("every, epochs", [(2, [0, 2, 4, 5]), (100, [0, 5])])
-def test_validate_every(tmp_path, every, epochs):
-    train(config(epochs=5, validate_every=every), tmp_path / "run", False)
-    assert [row["epoch"] for row in read_log(tmp_path / "run") if "val_loss" in row] == epochs
-    train(config(epochs=50, validate_every=every, stop_at_loss=2.2), tmp_path / "stop", False)
-    assert len(read_log(tmp_path / "stop")) < 50 and "val_loss" in read_log(tmp_path / "stop")[-1]
-
-
-def test_no_epochs_log_the_model_at_initialisation(tmp_path):
-    result = train(config(epochs=0, log_srr_every=1), tmp_path / "none", False)
-    assert (result["epochs"], result["steps"]) == (0, 0) and not list(tmp_path.glob("none/*.pt"))
-    train(config(epochs=1, log_srr_every=1), tmp_path / "one", False)
-    assert untimed(tmp_path / "none") == untimed(tmp_path / "one")[:1]
-
-
-@pytest.mark.parametrize("save_every, epochs", [(0, [1, 2, 3]), (1e9, [3])])
-def test_save_every(tmp_path, monkeypatch, save_every, epochs):
-    real, saved = training.save_checkpoint, []
-    monkeypatch.setattr(training, "save_checkpoint", lambda path, c: (real(path, c), saved.append(c.get("epoch"))))
-    train(config(save_every=save_every), tmp_path, False)
-    assert saved == [None, *epochs]  # init.pt first
+def test_validate_every_and_no_epochs(tmp_path):
+    train(config(epochs=5, validate_every=2), tmp_path / "five", False)
+    assert [row["epoch"] for row in read_log(tmp_path / "five") if "val_loss" in row] == [0, 2, 4, 5]
+    assert train(config(epochs=0), tmp_path / "none", False)["steps"] == 0
+    assert untimed(tmp_path / "none") == untimed(tmp_path / "five")[:1]
 
 
 # The stopping criterion
 
 
 def test_stops_at_the_loss(tmp_path):
-    result = train(config(stop_at_loss=1.5, epochs=80, lr=2e-2, schedule="constant"), tmp_path / "stop", False)
+    flags = dict(stop_at_loss=1.5, epochs=80, lr=2e-2, schedule="constant", validate_every=100)
+    result, row = train(config(**flags), tmp_path / "stop", False), read_log(tmp_path / "stop")[-1]
     assert result["reached_target"] is True and 1.2 < result["train_loss"] < 1.5 and result["epochs"] < 80
-    assert result["steps"] == read_log(tmp_path / "stop")[-1]["step"]
+    assert result["steps"] == row["step"] and result["val_loss"] == row["val_loss"]
     result = train(config(stop_at_loss=1e-6, epochs=2), tmp_path / "miss", False)
     assert result["reached_target"] is False and result["epochs"] == 2
-
-
-def checked_after(folder, before, epochs):
-    """After how many steps, 25 an epoch, the criterion is checked, the last check before having given `before`."""
-    one, modes = config(batch_size=9, stop_at_loss=1e-9, epochs=epochs, validate_every=epochs), []
-    data, model, optimizer, scaler, state = begin(one, folder)
-    state["checked_loss"] = before
-    model.register_forward_hook(lambda *_: modes.append(model.training))
-    fit(one, folder, data, model, optimizer, scaler, state, BAR)
-    return sorted({sum(modes[:i]) for i, in_training in enumerate(modes) if not in_training})
-
-
-@pytest.mark.parametrize("before, checks", [(math.inf, 1), (0.051, 1), (0.04, 2), (0.02, 4), (0.012, 8)])
-def test_checks_are_more_often_near_the_target(tmp_path, before, checks):
-    steps = checked_after(tmp_path, before, epochs=2)
-    assert steps == [math.ceil(25 * (i + 1) / checks) for i in range(checks)] + [50]  # the loss is high again
-
-
-def test_the_last_epoch_is_not_cut_short_by_a_check(tmp_path):
-    assert checked_after(tmp_path, 0.02, epochs=1) == [7, 13, 19, 25]
 
 
 def test_evaluation_and_the_training_loss_agree(tmp_path):
     data, model, *_ = begin(config(dropout=0.5), tmp_path)
     losses, accuracy = evaluate(model, data, data.train_images, data.train_labels, chunk=100)
-    logits, mean, seen = model.eval()(data.prepare(data.train_images)).double(), losses.mean().item(), []
+    logits, mean = model(data.prepare(data.train_images)).double(), losses.mean().item()
     torch.testing.assert_close(losses, F.cross_entropy(logits, data.train_labels, reduction="none"), rtol=1e-5, atol=1e-5)
     assert accuracy == (logits.argmax(1) == data.train_labels).double().mean()
     for chunk, enough in itertools.product((10, 1000), (math.inf, 1.001 * mean)):
         known = torch.rand(len(losses), dtype=torch.float64)  # in whatever order the images come
         assert training_loss(model.train(), data, enough, known, chunk) == pytest.approx(mean)
         torch.testing.assert_close(known, losses, rtol=1e-5, atol=1e-5)
-    model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     assert training_loss(model, data, mean / 2, known, 10) == mean / 2
-    hardest = losses.sort(descending=True).values.cumsum(0) / len(losses)
-    assert sum(seen) == 10 * math.ceil((1 + (hardest < mean / 2).sum().item()) / 10)
 
 
 # What is not finite
 
 
-@pytest.mark.parametrize("srr_reg", [0.0, 1e-3])
-def test_a_loss_that_is_not_finite_names_epoch_and_step(tmp_path, monkeypatch, srr_reg):
-    whole = train(config(srr_reg=srr_reg), tmp_path / "whole", False)
-    monkeypatch.setattr(training, "batches", training.batches)
-    nan_in_batch(5)
-    with pytest.raises(InputError, match=r"^epoch 2, step 5: .*try a smaller --lr"):
-        train(config(srr_reg=srr_reg), tmp_path / "cut", False)
-    assert "epoch 2, step 5" in (tmp_path / "cut" / "error.txt").read_text()
-    assert load_checkpoint(tmp_path / "cut" / "last.pt")["epoch"] == 1
-    monkeypatch.undo()
-    assert train(config(srr_reg=srr_reg), tmp_path / "cut", False)["train_loss"] == whole["train_loss"]
-    assert not (tmp_path / "cut" / "error.txt").exists()
-
-
-@pytest.mark.parametrize("validate_every", [1, 10])
-def test_weights_that_diverge_at_the_last_step_are_not_saved(tmp_path, validate_every):
+def test_weights_that_diverge_at_the_last_step_are_not_saved(tmp_path):
     """The losses of the epoch are finite, what comes after isn't."""
-    one = config(validate_every=validate_every)
+    one = config(validate_every=10)
     data, model, optimizer, scaler, state = begin(one, tmp_path)
     optimizer.register_step_post_hook(lambda *_: model.cls_token.data.fill_(math.nan if state["step"] == 5 else 0.0))
     with pytest.raises(InputError, match="^epoch 2: "):
         fit(one, tmp_path, data, model, optimizer, scaler, state, BAR)
     assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
-
-
-def test_rates_that_cannot_be_computed_are_null_in_the_log(tmp_path, capsys):
-    train(config(srr_gamma=1e308, log_srr_every=2, epochs=2), tmp_path, False)
-    rows = read_log(tmp_path)
-    assert [row.get("srr", "missing") for row in rows] == [None, "missing", None] and rows[-1]["srr_val"] is None
-    assert capsys.readouterr().err.count("warning: layer-wise SRR") == 2
-
-
-HUGE = ("--width", 24, "--heads", 3, "--hold-out", 0.9, "--lr", 1)
-
-
-@pytest.mark.parametrize("flags", [HUGE, pytest.param(("--lr", 0.05, 0.1, "--epochs", 15), marks=pytest.mark.slow)])
-def test_nearly_equal_tokens_of_a_large_norm_do_not_end_a_run(tmp_path, script, flags):
-    code, _, error = script("train", "--preset", "laptop", "--model", "crate", "--epochs", 5, *flags, "--out", tmp_path)
-    assert code == 0, error
-    for path in tmp_path.glob("*/log.jsonl"):
-        assert all(math.isfinite(layer["srr"]) for layer in read_log(path.parent)[-1]["srr"])
