@@ -159,7 +159,7 @@ def write_tables(out, entries):
     rows, layers, losses = zip(*sorted(entries, key=lambda entry: entry[0]["run"]))
     archive = io.BytesIO()
     if len({np.shape(of_model) for of_model in losses}) == 1 and losses[0] is not None:
-        np.savez(archive, run=np.array([row["run"] for row in rows]), losses=np.stack(losses))
+        np.savez_compressed(archive, run=np.array([row["run"] for row in rows]), losses=np.stack(losses))
     tables = {"_layers.csv": csv_of(sum(layers, [])), "_val_losses.npz": archive.getvalue(), out.suffix: csv_of(rows)}
     for ending, content in tables.items():
         file = out.with_name(out.stem + ending)
