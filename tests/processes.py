@@ -81,9 +81,6 @@ def wait_until(condition, seconds=60):
         time.sleep(0.01)
 
 
-# Faults
-
-
 def environment(changes):
     os.environ.update(changes)
 

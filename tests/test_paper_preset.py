@@ -21,6 +21,6 @@ def test_paper_preset(script, tmp_path, model):
     assert script(*run)[0] == 0
     (folder,) = tmp_path.glob("runs/*")
     config, *_ = load_run(folder)
-    settings = dict(dataset="cifar10", width=384, depth=12, heads=6, patch_size=4, augment="basic", schedule="cosine", lr=1e-4)
+    settings = dict(width=384, depth=12, heads=6, patch_size=4, augment="basic", schedule="cosine", lr=1e-4)
     assert {key: config[key] for key in settings} == settings
     assert len(read_log(folder)[-1]["srr"]) == 12 and read_log(folder)[-1]["step"] == 6

@@ -13,7 +13,7 @@ from tests.conftest import assert_refused, run_script
 from tests.processes import SMALL
 
 EXPERIMENTS = {
-    "table2": ("--model", "crate", "crate-c", "--srr-reg", 0, 0.1, "--epochs", 3),
+    "table2": ("--model", "crate", "crate-c", "--srr-reg", 0, 0.1, "--epochs", 3, "--lr", 0.01),
     "layers": ("--width", 12, 24, "--epochs", 0),
     "table6": ("--srr-reg", 0.1, "--srr-layer", "random", 2, 1, "--epochs", 1),
     "grid": ("--epochs", 1),
