@@ -37,7 +37,7 @@ from crate.runs import (
     resolve,
     resolve_amp,
     resolve_device,
-    state,
+    status,
 )
 from crate.training import ranks, train
 
@@ -110,7 +110,7 @@ def parse_arguments():
 
 
 def print_status(folder):
-    runs = [(str(path.relative_to(folder.resolve())), *state(path)) for path in find_runs([folder])]
+    runs = [(str(path.relative_to(folder.resolve())), *status(path)) for path in find_runs([folder])]
     width = max(len(name) for name, _, _ in runs)
     for name, word, remark in runs:
         print(f"{name:{width}}  {word:10}  {remark}")

@@ -295,7 +295,7 @@ def find_runs(folders):
     return found
 
 
-def state(folder):
+def status(folder):
     """A run's state and what there is to say of it: ("finished" | "running" | "failed" | "unfinished" | "waiting", str)."""
     try:
         if (folder / "result.json").exists():

@@ -55,7 +55,7 @@ def evaluate(model, data, images, labels, chunk=256):
 
 
 @torch.no_grad()
-def training_loss(model, data, enough, known, chunk=128):
+def bounded_training_loss(model, data, enough, known, chunk=128):
     """Mean cross-entropy over the training set as `evaluate` has it, or `enough` where it is at least that: a float.
 
     known (m,): the images' losses at the last checks, brought up to date. Losses are positive and a few images have most of
@@ -89,7 +89,7 @@ def rates_by_layer(model, data, config, operators):
 def finished(state, config):
     """Whether a run has come to its end: all epochs, or the stopping criterion."""
     target = config["stop_at_loss"] or 0  # no loss is below 0
-    return state["epoch"] >= config["epochs"] or state["checked_loss"] < target
+    return state["epoch"] >= config["epochs"] or state["loss_bound"] < target
 
 
 def log_epoch(row, state, config, data, model, began):
@@ -168,7 +168,7 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
         regularised = srr_layers(config["srr_layer"], config["depth"], steps_per_epoch) if eta else [()] * steps_per_epoch
         if rank > 0:
             torch.manual_seed(mixed_seed(DROPOUT, config["seed"], state["epoch"], rank))
-        checks = next((n for below, n in CHECKS_PER_EPOCH if state["checked_loss"] < below), 1)
+        checks = next((n for below, n in CHECKS_PER_EPOCH if state["loss_bound"] < below), 1)
         check_after = {math.ceil(steps_per_epoch * (i + 1) / checks) for i in range(checks)}
         augment = config["augment"] == "basic"
         results = []
@@ -186,12 +186,12 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
             if target is not None and len(results) in check_after:
                 # How far above the target the loss is matters at an epoch's end alone: for the next epoch's checks.
                 enough = max(target, CHECKS_PER_EPOCH[-1][0]) if len(results) == steps_per_epoch else target
-                state["checked_loss"] = training_loss(model, data, enough, state["losses"])
+                state["loss_bound"] = bounded_training_loss(model, data, enough, state["losses"])
                 if world > 1:  # all ranks stop at the same step, whatever their rounding
-                    dist.broadcast(checked := torch.tensor(state["checked_loss"], dtype=torch.float64), 0)
-                    state["checked_loss"] = checked.item()
+                    dist.broadcast(checked := torch.tensor(state["loss_bound"], dtype=torch.float64), 0)
+                    state["loss_bound"] = checked.item()
                 model.train()
-                if state["checked_loss"] < target:
+                if state["loss_bound"] < target:
                     break
         results = torch.stack(results)  # (steps, 3): the first moment at which the host waits for the device
         if world > 1:
@@ -233,7 +233,7 @@ def begin(config, folder):
     scaler = torch.amp.GradScaler(device.type, enabled=config["amp"] == "fp16")
     # For the stopping criterion: cross-entropy over the training set at its last check, or a lower bound, and the loss that
     # each training image had when it was last looked at.
-    state = {"epoch": 0, "step": 0, "checked_loss": math.inf, "rows": []}
+    state = {"epoch": 0, "step": 0, "loss_bound": math.inf, "rows": []}
     state["losses"] = torch.zeros(len(data.train_labels), dtype=torch.float64, device=device)
     if last.exists():
         saved = load_weights(model, last, config)
@@ -273,7 +273,7 @@ def finish(config, folder, data, model, state):
     evaluated, val_losses = evaluate_both(model, data)
     measures = [row["train_srr"] for row in state["rows"] if "train_srr" in row]
     result = {
-        "reached_target": None if config["stop_at_loss"] is None else state["checked_loss"] < config["stop_at_loss"],
+        "reached_target": None if config["stop_at_loss"] is None else state["loss_bound"] < config["stop_at_loss"],
         "epochs": state["epoch"], "steps": state["step"], **evaluated,
         "train_srr": [measures[0], measures[-1]] if measures else None,  # of the first and the last epoch
         "seconds": round(sum(row["seconds"] for row in state["rows"]), 3),

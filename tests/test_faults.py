@@ -18,7 +18,7 @@ import torch
 
 from crate.cli import InputError
 from crate.files import load_checkpoint, save_checkpoint
-from crate.runs import lock_holder, read_log, state
+from crate.runs import lock_holder, read_log, status
 from tests import processes
 from tests.conftest import assert_refused
 from tests.processes import ROOT, SMALL, SRR, Train, outcome, wait_until
@@ -118,7 +118,7 @@ def test_two_processes_on_one_run(tmp_path, finish):
     (folder,), holder = tmp_path.glob("*/"), f"process {first.process.pid}"
     code, text = Train(tmp_path, *flags, output=tmp_path / "second").wait()
     assert code == 0 and "another process works on it" in text and holder in text, text
-    assert state(folder)[0] == "running" and holder in state(folder)[1]
+    assert status(folder)[0] == "running" and holder in status(folder)[1]
     first.kill()
     first.wait()
     finish(tmp_path, *flags)  # the lock of the dead process is taken over
@@ -135,7 +135,7 @@ def test_refused_in_one_line_and_resumed(tmp_path, finish, flags, fault, words):
     code, text = Train(out, "--epochs", 3, *flags, output=tmp_path / "text", fault=fault).wait()
     assert_refused((code, "", text), words)
     (folder,) = out.iterdir()
-    assert words in (folder / "error.txt").read_text() and state(folder)[0] == "failed"
+    assert words in (folder / "error.txt").read_text() and status(folder)[0] == "failed"
     finish(out, "--epochs", 3, *flags)
 
 
@@ -170,5 +170,5 @@ def test_files_of_something_else(tmp_path, script, monkeypatch):
     for name, content in [*(("last.pt", content) for content in contents), ("config.json", b"{")]:
         (folder / name).write_bytes(content)
         assert_refused(script(*run, 0), name)
-        assert (folder / name).read_bytes() == content and state(folder)[0] == "failed"
+        assert (folder / name).read_bytes() == content and status(folder)[0] == "failed"
     assert not (tmp_path / "harm").exists(), "a pickle was executed"

@@ -16,7 +16,7 @@ from crate.data import data_of
 from crate.files import load_checkpoint
 from crate.kernels import full_precision
 from crate.runs import load_run, read_log, resolve, srr_layers
-from crate.training import begin, evaluate, fit, train, training_loss
+from crate.training import begin, bounded_training_loss, evaluate, fit, train
 from tests import reference
 
 BAR = training.tqdm(disable=True)
@@ -201,7 +201,7 @@ def test_checks_are_more_often_near_the_target(tmp_path, before, checks):
     """before: the training loss at the last check. An epoch has 25 steps."""
     one, modes = config(batch_size=9, stop_at_loss=1e-9, epochs=2, validate_every=2), []
     data, model, optimizer, scaler, state = begin(one, tmp_path)
-    state["checked_loss"] = before
+    state["loss_bound"] = before
     model.register_forward_hook(lambda *_: modes.append(model.training))
     fit(one, tmp_path, data, model, optimizer, scaler, state, BAR)
     steps = sorted({sum(modes[:i]) for i, in_training in enumerate(modes) if not in_training})
@@ -214,9 +214,9 @@ def test_evaluation_and_the_training_loss_agree(tmp_path):
     mean = losses.mean().item()
     for chunk, enough in itertools.product((10, 1000), (math.inf, 1.001 * mean)):
         known = torch.rand(len(losses), dtype=torch.float64)  # in whatever order the images come
-        assert training_loss(model.train(), data, enough, known, chunk) == pytest.approx(mean)
+        assert bounded_training_loss(model.train(), data, enough, known, chunk) == pytest.approx(mean)
         torch.testing.assert_close(known, losses, rtol=1e-5, atol=1e-5)
-    assert training_loss(model, data, mean / 2, known, 10) == mean / 2
+    assert bounded_training_loss(model, data, mean / 2, known, 10) == mean / 2
 
 
 def test_weights_that_diverge_at_the_last_step_are_not_saved(tmp_path):
