@@ -46,7 +46,7 @@ case $PRESET in # the grid of Section 5 (Table 4); the study's ranges; the layer
     table6="1 2 3 last random" layers="--patch-size 2 --train-subset 100" ;;
   cifar)
     grid="--width 96 192 --batch-size 64 128 --lr 1e-3 3e-3 --dropout 0 0.1 --epochs 200"
-    study="--batch-size 32 64 128 --lr 5e-4 5e-3 --dropout 0 0.1 --weight-decay 0 0.1 --epochs 200"
+    study="--batch-size 32 64 128 --lr 5e-4 3e-3 --dropout 0 0.03 --weight-decay 0 0.1 --epochs 200"
     size="--patch-size 4 --width 384 --depth 12 --batch-size 32 --lr 3e-4 --epochs 15 --log-srr-every 3 --validate-every 15"
     table6="2 4 6 8 10 last random" layers="--patch-size 4 --train-subset 250" etas="-0.003 0 0.003 0.01" ;;
   paper)
