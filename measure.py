@@ -65,10 +65,10 @@ def find_models(arguments):
     folders = find_runs([one for one in arguments.runs if not one.is_file()])
     parent = os.path.commonpath([one.parent for one in folders + files])
     names = {one: str(one.relative_to(parent)) for one in folders + files}
-    finished = [folder for folder in folders if (folder / "result.json").exists()]
-    unfinished = [names[folder] for folder in folders if folder not in finished]
-    if unfinished:
-        print(f"{len(unfinished)} unfinished runs are left out: {', '.join(unfinished)}")
+    finished = [folder for folder in folders if (folder / "result.json").exists() and list(folder.glob("*.pt"))]
+    others = [names[folder] for folder in folders if folder not in finished]
+    if others:
+        print(f"{len(others)} runs that are unfinished or of no epoch are left out: {', '.join(others)}")
     if not finished + files:
         raise InputError("no finished run: train.py ends a run with result.json")
     if files and None in (arguments.heads, arguments.dataset):

@@ -75,7 +75,7 @@ for stage in $stages; do
     measure) go measure.py "$runs/grid" --out "$results/measures.csv" --jobs "$JOBS" ;;
     correlate)
       go correlate.py "$results/measures.csv" --hyperparameters model batch_size lr dropout --by width --gap gap \
-        --controls baseline_steps params --controls model lr --val-losses "$results/measures_val_losses.npz" \
+        --controls baseline_steps params --controls model width lr --val-losses "$results/measures_val_losses.npz" \
         --out "$results/correlation" ;;
     report) go -m crate.report "$runs" ;;
     study) # goes further than the paper; then `report` shows it too
@@ -83,7 +83,7 @@ for stage in $stages; do
       train study --model crate-fix crate-identity crate-e vit --draw 10 $study $until_low --seed own
       go measure.py "$runs/study" --out "$results/study_measures.csv" --jobs "$JOBS"
       go correlate.py "$results/study_measures.csv" --hyperparameters model batch_size lr dropout weight_decay --gap gap \
-        --controls baseline_steps params --controls model lr --val-losses "$results/study_measures_val_losses.npz" \
+        --controls baseline_steps params --controls model width lr --val-losses "$results/study_measures_val_losses.npz" \
         --out "$results/study_correlation"
       train intervention --model $models $until_low --log-srr-every 1000 --epochs 200 --srr-reg $etas --seed $(seq -s " " 0 9)
       [ -z "$size" ] || train table2-small --model $models --srr-reg 0 1e-3 --seed $(seq -s " " 0 9) # at the preset's own size

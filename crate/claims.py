@@ -13,8 +13,9 @@ side and is *contradicted* where it is on the other side. Else there is *no effe
 margin (two one-sided tests): 0.5 points for SRR in the loss, 0.01 nats for rates at equal norm. What is left is *undecided*; an
 interval without width decides nothing: equal values of coarse accuracies are no certainty. A *finding* is a number about which
 the paper claims nothing. Intervals and p-values are those of the t test over seeds; rank correlations have bootstrap intervals
-over models and p-values of permutations (crate/statistics.py). p is two-sided and adjusted within each section (Holm);
-where that leaves it at 0.05 or more, the verdict is called *unadjusted*.
+over models, and tau and tau within types p-values of permutations (crate/statistics.py). p is two-sided and adjusted within
+each section (Holm); where that leaves it at 0.05 or more, the verdict is called *unadjusted*. A number without p rests on its
+interval alone, which is not adjusted.
 """
 NORMS = {"after": ("", None), "after_equal_norm": (", at equal norm", NATS)}
 
@@ -134,12 +135,13 @@ def operator_claims(changes, which):
 
 NORM_MEASURES = [f"log_{what}_of_{norm}" for what in ("prod", "sum") for norm in ("fro", "spec")]
 P_VALUES = {"tau": "p_value", "tau_within": "p_within"}
-# Claims about rank correlations (Section 5): text with a place for the width, side, column of correlation.csv, measures.
+# Claims about rank correlations (Section 5): text with a place for the width, side, column of correlation.csv, measures. The
+# columns rho_given_.. are those of the --controls in run_all.sh.
 OF_EACH_WIDTH = [
     ("SRR correlates with the gap, {}: tau", +1, "tau", ["srr"]),
     ("SRR ranks between implementations, {}: tau", +1, "tau_between", ["srr"]),
     ("SRR ranks within an implementation, {}: tau", +1, "tau_within", ["srr"]),
-    ("Beyond the paper, SRR ranks given model type and learning rate, {}: rho", +1, "rho_given_model_lr", ["srr"]),
+    ("Beyond the paper, SRR ranks given type, width and learning rate, {}: rho", +1, "rho_given_model_width_lr", ["srr"]),
     ("SRR has the highest tau, {}: its lead over the closest rival", +1, "lead", ["srr"]),
 ]
 OF_THE_SMALLER_WIDTH = OF_EACH_WIDTH + [
@@ -157,7 +159,12 @@ ACROSS_WIDTHS = [("Beyond the paper, SRR across widths: tau", 0, "tau", ["srr"])
 OF_THE_STUDY = [
     ("Beyond the paper, the study: SRR ranks within types, tau", +1, "tau_within", ["srr"]),
     ("Beyond the paper, the study: SRR ranks given steps and parameters, rho", +1, "rho_given_baseline_steps_params", ["srr"]),
-    ("Beyond the paper, the study: SRR ranks given model type and learning rate, rho", +1, "rho_given_model_lr", ["srr"]),
+    (
+        "Beyond the paper, the study: SRR ranks given type, width and learning rate, rho",
+        +1,
+        "rho_given_model_width_lr",
+        ["srr"],
+    ),
 ]
 
 

@@ -68,7 +68,7 @@ def _factor(tokens, coefficient, side=None):
     if never_ask:  # let NaN travel to the loss, which is checked once an epoch
         return factor.masked_fill(failed[..., None, None], torch.nan)
     if failed.any():
-        raise ValueError("I + c Z^T Z is not positive definite: the tokens are not finite")
+        raise ValueError("I + c Z^T Z can't be factorised: the tokens are not finite, or too large and too alike")
     return factor
 
 
@@ -108,7 +108,8 @@ def coding_rate(tokens, coefficient):
     """R(Z) = 1/2 logdet(I + c Z^T Z) (Eq. 1) of tokens (..., N, d), in nats: (...), float32 or float64.
 
     `coefficient` is c = d / (N eps^2), a float. Differentiable once in the tokens.
-    Raises ValueError where tokens are not finite (on CUDA, which is not waited for, the rate is NaN instead).
+    Raises ValueError where tokens are not finite, or too large and too alike for float64 (on CUDA, which is not waited for, the
+    rate is NaN instead).
     """
     return _CodingRate.apply(full(tokens), coefficient)
 

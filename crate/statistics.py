@@ -79,7 +79,7 @@ def all_pairs(models):
 
 
 def pair_groups(models, i, j, hyperparameters, strata):
-    """Which of the pairs i, j each statistic takes: {statistic: a list of groups for each seed}, a group an index array.
+    """Which of the pairs i, j each statistic takes: {statistic: for each seed a list of groups}, a group an index array.
 
     tau takes all, psi_<axis> those that differ on this axis alone: a group shares all else (Eq. 12).
     """
@@ -133,11 +133,11 @@ def averages(mu, gaps, draws, i, j, groups):
     result = {statistic: [] for statistic in groups}
     for statistic, seeds in groups.items():
         for of_seed in seeds:
-            mean = present = 0
+            means = present = 0  # the sum over groups, and how many have a pair
             for group in of_seed:
                 total, count = agreement(mu, gaps, draws, i[group], j[group])
-                mean, present = mean + total / np.maximum(count, 1), present + (count > 0)
-            result[statistic].append(mean / present)
+                means, present = means + total / np.maximum(count, 1), present + (count > 0)
+            result[statistic].append(means / present)
     result = {statistic: np.array(values) for statistic, values in result.items()}
     psi = [values for statistic, values in result.items() if statistic.startswith("psi_")]
     if psi:
@@ -312,7 +312,7 @@ def compare_with_srr(rows, point, samples):
         return values[srr] - np.fmax.reduce(values[others])
 
     for statistic in samples:
-        if statistic in ("Psi", "tau_between") or statistic.startswith("rho"):
+        if statistic not in ("tau", "tau_within") and not statistic.startswith("psi_"):
             continue
         suffix = f"_{statistic}".removeprefix("_tau")
         compared = [(row, f"diff_srr{suffix}", [k]) for k, row in enumerate(rows)]

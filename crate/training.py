@@ -55,11 +55,11 @@ def evaluate(model, data, images, labels, chunk=256):
 
 
 @torch.no_grad()
-def bounded_training_loss(model, data, enough, known, chunk=128):
-    """Mean cross-entropy over the training set as `evaluate` has it, or `enough` where it is at least that: a float.
+def bounded_training_loss(model, data, ceiling, known, chunk=128):
+    """Mean cross-entropy over the training set as `evaluate` has it, or `ceiling` if it is at least that: a float.
 
-    known (m,): the images' losses at the last checks, brought up to date. Losses are positive and a few images have most of
-    them, so those that were hardest often show that the mean is too high. A GPU is waited for once a chunk.
+    Ends once the sum shows this. Losses are positive and a few images have most of them, so those that were hardest at the last
+    checks come first. known (m,): the losses there, brought up to date. A GPU is waited for once a chunk.
     """
     model.eval()
     total, order = 0.0, known.argsort(descending=True, stable=True)
@@ -67,8 +67,8 @@ def bounded_training_loss(model, data, enough, known, chunk=128):
         outputs = model(data.prepare(data.train_images[rows])).double()
         known[rows] = F.cross_entropy(outputs, data.train_labels[rows], reduction="none")
         total += known[rows].sum().item() / len(known)
-        if total >= enough:
-            return enough
+        if total >= ceiling:
+            return ceiling
     return known.mean().item()
 
 
@@ -90,6 +90,19 @@ def finished(state, config):
     """Whether a run has come to its end: all epochs, or the stopping criterion."""
     target = config["stop_at_loss"] or 0  # no loss is below 0
     return state["epoch"] >= config["epochs"] or state["loss_bound"] < target
+
+
+def reached_target(model, data, state, target, epoch_ends):
+    """Whether the training loss is below `target`; it is kept in state["loss_bound"]. The model is in train mode afterwards."""
+    # How far above the target the loss is matters at an epoch's end alone: for the next epoch's checks.
+    ceiling = max(target, CHECKS_PER_EPOCH[-1][0]) if epoch_ends else target
+    loss = bounded_training_loss(model, data, ceiling, state["losses"])
+    if ranks()[1] > 1:  # all ranks stop at the same step, whatever their rounding
+        dist.broadcast(shared := torch.tensor(loss, dtype=torch.float64), 0)
+        loss = shared.item()
+    model.train()
+    state["loss_bound"] = loss
+    return loss < target
 
 
 def log_epoch(row, state, config, data, model, began):
@@ -184,14 +197,7 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
             state["step"] += 1
             bar.update()
             if target is not None and len(results) in check_after:
-                # How far above the target the loss is matters at an epoch's end alone: for the next epoch's checks.
-                enough = max(target, CHECKS_PER_EPOCH[-1][0]) if len(results) == steps_per_epoch else target
-                state["loss_bound"] = bounded_training_loss(model, data, enough, state["losses"])
-                if world > 1:  # all ranks stop at the same step, whatever their rounding
-                    dist.broadcast(checked := torch.tensor(state["loss_bound"], dtype=torch.float64), 0)
-                    state["loss_bound"] = checked.item()
-                model.train()
-                if state["loss_bound"] < target:
+                if reached_target(model, data, state, target, epoch_ends=len(results) == steps_per_epoch):
                     break
         results = torch.stack(results)  # (steps, 3): the first moment at which the host waits for the device
         if world > 1:
