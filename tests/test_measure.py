@@ -109,7 +109,7 @@ def test_names_and_what_is_left_out(script, runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(measure, "locked", lock)
     code, printed, _ = script("measure", runs, "--out", tmp_path / "m.csv", *CHEAP)
-    assert code == 0 and "1 runs that are unfinished or of no epoch are left out: a\n" in printed and "1 left to other processes" in printed
+    assert code == 0 and "unfinished or of no epoch are left out: a\n" in printed and "1 left to other processes" in printed
     assert list(table(tmp_path / "m.csv").index) == ["again/a"]
 
 
