@@ -65,6 +65,7 @@ def find_models(arguments):
     folders = find_runs([one for one in arguments.runs if not one.is_file()])
     parent = os.path.commonpath([one.parent for one in folders + files])
     names = {one: str(one.relative_to(parent)) for one in folders + files}
+    # A run of no epoch is finished, but has no checkpoint.
     finished = [folder for folder in folders if (folder / "result.json").exists() and list(folder.glob("*.pt"))]
     others = [names[folder] for folder in folders if folder not in finished]
     if others:
