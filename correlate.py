@@ -155,6 +155,8 @@ def value(row, column, form="+.3f"):
 
 def markdown(table, axes, strata, rows, gap, controls):
     """The statistics in the layout of Tables 1 and 5, with intervals, and what they are."""
+    from crate.files import markdown_table  # takes a second to import
+
     columns = {f"psi_{axis}": axis for axis in axes} | {"Psi": "Psi", "tau": "tau"}
     if strata:
         columns |= {"tau_within": f"tau within {strata}", "tau_between": "tau between"}
@@ -164,11 +166,11 @@ def markdown(table, axes, strata, rows, gap, controls):
         forms["K_within"] = f"K given {strata}", ".3f"
     forms["sign_error_mean"] = "sign error, mean", ".3f"
     header = ["measure", *columns.values(), *(heading for heading, _ in forms.values()), "models", "note"]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for row in rows:
         numbers = [value(row, column) for column in columns] + [value(row, column, form) for column, (_, form) in forms.items()]
-        lines.append([row["measure"], *numbers, str(row["models"]), row["note"]])
-    text = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+        lines.append([row["measure"], *numbers, row["models"], row["note"]])
+    text = markdown_table(header, lines)
 
     seeds = max(row["seeds"] for row in rows)
     text += f"\nKendall's tau with `{gap}`; under each hyperparameter the granulated psi, Psi their mean. In brackets 95 %\n"

@@ -177,7 +177,7 @@ def csv_of(rows):
 def measure_all(folders, names, measure_one):
     """Measure the runs that nobody else works on: {folder: error} of those where it failed."""
     failures = {}
-    for folder in tqdm(folders, desc="models", unit="model", leave=False, disable=len(folders) < 2):
+    for folder in tqdm(folders, desc="models", unit="model", leave=False, disable=COPY or len(folders) < 2):
         try:
             if text := measure_one(folder):
                 tqdm.write(f"{names[folder]}: {text}")

@@ -86,7 +86,10 @@ for stage in $stages; do
         --controls baseline_steps params --controls model width lr --val-losses "$results/study_measures_val_losses.npz" \
         --out "$results/study_correlation"
       train intervention --model $models $until_low --log-srr-every 1000 --epochs 200 --srr-reg $etas --seed $(seq -s " " 0 9)
-      [ -z "$size" ] || train table2-small --model $models --srr-reg 0 1e-3 --seed $(seq -s " " 0 9) # at the preset's own size
+      if [ -n "$size" ]; then # at the preset's own size, too
+        train table2-small --model $models --srr-reg 0 1e-3 --seed $(seq -s " " 0 9)
+        train table2-small --model crate-fix crate-identity crate-e vit --seed $(seq -s " " 0 9)
+      fi
       train table2 --model $models --srr-reg 0 1e-3 $size --seed $(seq -s " " 0 19)
       ;;
     test) if [ $# -gt 0 ]; then "$python" -m pytest -q; else "$python" -m pytest -q -m "not slow and not faults and not cuda"; fi ;;

@@ -132,7 +132,7 @@ def train_all(configs, out, rank, show_progress):
     """Train the runs that nobody else works on, the largest first. Returns how many failed."""
     failures = 0
     names = sorted(configs, key=lambda name: -configs[name]["parameters"] / configs[name]["batch_size"])
-    with tqdm(total=len(names), desc="runs", unit="run", disable=len(names) == 1 or rank > 0) as bar:
+    with tqdm(total=len(names), desc="runs", unit="run", disable=COPY or len(names) == 1 or rank > 0) as bar:
         for name in names:
             finished = (out / name / "result.json").exists()
             try:

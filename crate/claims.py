@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from scipy.stats import ttest_1samp
+from scipy.stats import linregress, t, ttest_1samp
 
 MAIN = ["crate-c", "crate-n", "crate-t", "crate"]  # the model types of Sections 4.3, 5 and 6
 ROUNDING = 1e-9  # what is nearer to 0 has no sign
@@ -205,7 +205,25 @@ def intervention_claims(runs):
         text, moved = f"Beyond the paper, intervention on {model}: ", srr[max(srr)] - srr[min(srr)]
         rows.append(over_seeds("5", text + "SRR in the loss lowers SRR, largest eta minus smallest", -1, moved))
         rows.append(over_seeds("5", text + "the gap follows SRR, its slope over SRR along eta", +1, slopes(own)))
+    if len(rows) > 2:
+        text = "Beyond the paper, intervention, mean over types: the gap follows SRR, its slope over SRR along eta"
+        rows.append(over_seeds("5", text, +1, slopes(runs).unstack("model").mean(axis=1, skipna=False)))
     return rows
+
+
+def observed_slopes(models, note):
+    """Beside it, where nothing is moved: the slope of the gap over SRR among models of one type, the same for all types.
+
+    models: rows {model, srr, gap}. Least squares of deviations from each type's mean, t interval; [] for too few models.
+    """
+    deviations = models[["srr", "gap"]] - models.groupby("model")[["srr", "gap"]].transform("mean")
+    freedom = len(models) - models["model"].nunique() - 1  # a mean per type, and the slope
+    if freedom < 1:
+        return []
+    fit = linregress(deviations["srr"], deviations["gap"])
+    half = t.ppf(0.975, freedom) * fit.stderr * math.sqrt((len(models) - 2) / freedom)
+    text = "Beyond the paper, observed among models of one type: the gap's slope over SRR"
+    return [claim("5", text, 0, fit.slope, fit.slope - half, fit.slope + half, len(models), "models", note=note)]
 
 
 def gain_claims(gains, which):

@@ -97,7 +97,7 @@ def copies(jobs, gpus):
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-    common = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "TQDM_DISABLE": "1", "CRATE_COPY": "1"}
+    common = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "CRATE_COPY": "1"}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
     processes, codes = [], []
     for job in range(1, 1 if COPY else jobs):

@@ -110,8 +110,11 @@ def by_layer(curves, path, *, label, colours=None, columns=2):
     save(figure, path)
 
 
-def intervention(runs, slopes, path):
-    """The gap against SRR along eta, a line per seed. runs: {model, seed, srr_reg, srr, gap}; slopes: {model: text}."""
+def intervention(runs, slopes, observed_slope, path):
+    """The gap against SRR along eta, a line per seed, and a dashed one of `observed_slope`, if any, through eta = 0.
+
+    runs: {model, seed, srr_reg, srr, gap}; slopes: {model: text}.
+    """
     figure, axes = grid(len(slopes), min(len(slopes), 2))
     colours = in_order(sorted(runs["srr_reg"].unique()))
     for axis, (model, slope) in zip(axes, slopes.items()):
@@ -120,6 +123,9 @@ def intervention(runs, slopes, path):
             axis.plot(seed["srr"], seed["gap"], color=GREY, linewidth=0.6, alpha=0.6, zorder=1)
         for eta, of_eta in own.groupby("srr_reg"):
             axis.scatter(of_eta["srr"], of_eta["gap"], s=16, color=colours[eta], label=f"{eta:g}")
+        if observed_slope is not None:
+            unmoved = own.loc[own["srr_reg"].abs() == own["srr_reg"].abs().min(), ["srr", "gap"]]
+            axis.axline(unmoved.mean(), slope=observed_slope, color="black", linewidth=1, linestyle="--")
         axis.set(title=f"{model}: slope {slope}", xlabel="SRR measure of the trained model", ylabel="gap (nats)")
         axis.title.set_size(9)
     place = dict(loc="outside upper center", ncols=min(len(colours), 8), frameon=False, fontsize=8, title_fontsize=8)

@@ -53,7 +53,7 @@ def read_json(path):
 def markdown_table(header, rows):
     """A table in Markdown: `header` and each row are sequences of cells."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
 def save_checkpoint(path, content):

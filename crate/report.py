@@ -31,6 +31,8 @@ COLUMNS = {  # that the report needs of a table
     "layers": "experiment run epoch images layer rate_subspaces rate srr",
     "operators": "experiment run epoch layer point rate_subspaces rate_subspaces_equal_norm",
     "rates": "rule seed layer before after after_equal_norm overflow",
+    "measures": "model width srr gap reached_target",
+    "study_measures": "model width srr gap reached_target",
     "correlation": "measure models tau tau_low tau_high p_value",
     "claims": "section claim note claimed number low high verdict",
 }
@@ -263,15 +265,22 @@ def complexity_section(results, runs):
     of_study, parts = ranks(results, [("study_correlation", "random settings", claims.OF_THE_STUDY, "")])
     text += section("Does SRR rank models of one type? (study)", PAPER["study"], *parts)
     moved = runs_of(runs, ["intervention"], ["model", "seed", "srr_reg"]).dropna(subset=["srr", "gap"])
-    moved = moved[~moved["reached_target"].eq(False)]
+    moved, observed = moved[~moved["reached_target"].eq(False)], []
     if len(moved):
+        for name, what in ("measures", "grid"), ("study_measures", "random settings"):
+            models = read_table(results / f"{name}.csv").query("model in @claims.MAIN and reached_target != False")
+            width = models["width"].min()
+            models = models[models["width"] == width].dropna(subset=["srr", "gap"])
+            observed += claims.observed_slopes(models, f"{what}, d = {width}")
         by_model = claims.slopes(moved).dropna().groupby("model")
         slopes = {model: with_interval(*claims.mean_interval(values), ".2g") for model, values in by_model}
-        figures.intervention(moved, slopes, results / "figures/intervention.png")
+        observed_slope = observed[0]["number"] if observed else None
+        figures.intervention(moved, slopes, observed_slope, results / "figures/intervention.png")
     caption = "The gap against SRR where eta alone differs, a line per seed; slope: mean over seeds, 95 % interval"
+    caption += "; dashed: the slope among models of one type of the grid" if observed else ""
     drawn = image(results, "figures/intervention.png", caption)
     text += section("Does the gap follow SRR? (intervention)", PAPER["intervention"], drawn)
-    return found + of_study + claims.intervention_claims(moved), text
+    return found + of_study + observed + claims.intervention_claims(moved), text
 
 
 def runs_of(runs, experiments, columns):

@@ -82,6 +82,22 @@ def test_intervention_slopes_are_those_of_least_squares():
     expected = [np.polyfit(own["srr"], own["gap"], 1)[0] for _, own in runs.groupby("seed")]
     assert claims.slopes(runs).to_list() == pytest.approx(expected)
     assert find(claims.intervention_claims(runs), "lowers SRR")[0] == "holds"
+    both = pd.concat([runs, runs.assign(model="crate-n", gap=-3 * runs["gap"])])
+    assert find(claims.intervention_claims(both), "mean over types") == ("undecided", pytest.approx(-np.mean(expected)))
+
+
+def test_observed_slope_is_that_of_a_regression_with_a_constant_for_each_type():
+    generator = np.random.default_rng(2)
+    model = np.repeat(["crate", "crate-c", "crate-t"], [4, 7, 5])
+    srr = generator.normal(size=16) + np.repeat([10, 30, 20], [4, 7, 5])
+    models = pd.DataFrame({"model": model, "srr": srr, "gap": 0.1 * srr + generator.normal(size=16)})
+    design = np.column_stack([srr, *(model == one for one in np.unique(model))]).astype(float)
+    coefficients, residual, _, _ = np.linalg.lstsq(design, models["gap"])
+    error = np.sqrt(residual[0] / (16 - 4) * np.linalg.inv(design.T @ design)[0, 0])
+    (row,) = claims.observed_slopes(models, "")
+    assert row["number"] == pytest.approx(coefficients[0])
+    assert (row["high"] - row["low"]) / 2 == pytest.approx(2.178813 * error)  # t of 12 degrees of freedom
+    assert claims.observed_slopes(models.iloc[[0, 4, 5, 11]], "") == []
 
 
 def test_claims_about_accuracies():
