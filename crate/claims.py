@@ -12,10 +12,10 @@ RULE = """A claim is that a number is positive or negative. It *holds* where the
 side and is *contradicted* where it is on the other side. Else there is *no effect* where the whole 90 % interval lies within a
 margin (two one-sided tests): 0.5 points for SRR in the loss, 0.01 nats for rates at equal norm. What is left is *undecided*; an
 interval without width decides nothing: equal values of coarse accuracies are no certainty. A *finding* is a number about which
-the paper claims nothing. Intervals and p-values are those of the t test over seeds; rank correlations have bootstrap intervals
-over models, and tau and tau within types p-values of permutations (crate/statistics.py). p is two-sided and adjusted within
-each section (Holm); where that leaves it at 0.05 or more, the verdict is called *unadjusted*. A number without p rests on its
-interval alone, which is not adjusted.
+the paper claims nothing. Intervals and p-values are those of the t test over seeds; a slope over models has least squares'
+interval, rank correlations have bootstrap intervals over models, and tau and tau within types p-values of permutations
+(crate/statistics.py). p is two-sided and adjusted within each section (Holm); where that leaves it at 0.05 or more, the verdict
+is called *unadjusted*. A number without p rests on its interval alone, which is not adjusted.
 """
 NORMS = {"after": ("", None), "after_equal_norm": (", at equal norm", NATS)}
 
