@@ -7,17 +7,19 @@ from scipy.stats import linregress, t, ttest_1samp
 
 MAIN = ["crate-c", "crate-n", "crate-t", "crate"]  # the model types of Sections 4.3, 5 and 6
 ROUNDING = 1e-9  # what is nearer to 0 has no sign
-POINTS, NATS = (0.5, "points"), (0.01, "nats")  # margins: accuracies and rates within them count as equal
-RULE = """A claim is that a number is positive or negative. It *holds* where the number's whole 95 % interval is on the claimed
-side and is *contradicted* where it is on the other side. Else there is *no effect* where the whole 90 % interval lies within a
-margin (two one-sided tests): 0.5 points for SRR in the loss, 0.01 nats for rates at equal norm. What is left is *undecided*; an
-interval without width decides nothing: equal values of coarse accuracies are no certainty. A *finding* is a number about which
-the paper claims nothing. Intervals and p-values are those of the t test over seeds; a slope over models has least squares'
-interval, rank correlations have bootstrap intervals over models, and tau and tau within types p-values of permutations
-(crate/statistics.py). p is two-sided and adjusted within each section (Holm); where that leaves it at 0.05 or more, the verdict
-is called *unadjusted*. A number without p rests on its interval alone, which is not adjusted.
+POINTS = (0.5, "points")  # accuracies within this margin count as equal
+RULE = """A claim is that a number is positive or negative. It *holds* where the number's whole 95 % interval is on the
+claimed side and is *contradicted* where it is on the other side. Else there is *no effect* where the whole 90 % interval lies
+within a margin (two one-sided tests): 0.5 points for SRR in the loss. What is left is *undecided*; an interval without width
+decides nothing: equal values of coarse accuracies are no certainty. A *finding* is a number about which nothing is claimed,
+rates at equal norm among them; what goes beyond the paper is expected by us. Of several numbers that must all be so, the
+worst decides, and p of a contradiction is multiplied by how many there are. Intervals and p-values are those of the t test
+over seeds; a slope over models has least squares' interval, rank correlations have bootstrap intervals over models, and tau
+and tau within types p-values of permutations (crate/statistics.py). p is two-sided and adjusted within each section (Holm);
+where that leaves it at 0.05 or more, the verdict is called *unadjusted*. A number without p rests on its interval alone,
+which is not adjusted.
 """
-NORMS = {"after": ("", None), "after_equal_norm": (", at equal norm", NATS)}
+NORMS = {"after": "R^c", "after_equal_norm": "R^c at equal norm"}  # what the paper measures, and what it doesn't
 
 
 def verdict(low, high, side):
@@ -60,19 +62,29 @@ def over_seeds(section, text, side, values, *, margin=None, note=""):
     return row
 
 
+def worst(rows, side):
+    """What decides a claim about several numbers: the row with the worst verdict, of such that with the worst number."""
+    verdicts = ("contradicted", "undecided", "holds", "finding")
+    row = min(rows, key=lambda row: (verdicts.index(row["verdict"]), side * row["number"]))
+    if row["verdict"] == "contradicted":  # which one of several soon is by chance
+        row["p_value"] = np.minimum(1, row["p_value"] * len(rows))
+    return row
+
+
 def attention_claims(rates):
     """Section 4.1, from the rates.csv of the attention-only experiment."""
     rows = []
-    for norm, (words, margin) in NORMS.items():
+    for norm, rate in NORMS.items():
         changes = rates.assign(change=rates[norm] - rates["before"]).dropna(subset="change")
-        for text, side, rule, number in (
-            ("The exact gradient step (Eq. 6) lowers R^c at every layer{}: its largest change", -1, "exact", "max"),
-            ("The expansion's step (Eq. 7) raises R^c{}: change at layer 1", +1, "expansion", "first"),
-            ("The expansion's second-order term raises R^c{}: change at layer 1", +1, "second-order", "first"),
-            ("CRATE-C's attention (Eq. 8) raises R^c at every layer{}: its smallest change", +1, "softmax", "min"),
+        for step, does, side, where, rule, number in (
+            ("The exact gradient step (Eq. 6)", "lowers", -1, "at every layer: its largest change", "exact", "max"),
+            ("The expansion's step (Eq. 7)", "raises", +1, "at layer 1", "expansion", "first"),
+            ("The expansion's second-order term", "raises", +1, "at layer 1", "second-order", "first"),
+            ("CRATE-C's attention (Eq. 8)", "raises", +1, "at every layer: its smallest change", "softmax", "min"),
         ):
-            of_rule = changes[changes["rule"] == rule].sort_values("layer").groupby("seed")["change"]
-            rows.append(over_seeds("4.1", text.format(words), side, of_rule.agg(number), margin=margin))
+            of_rule = changes[changes["rule"] == rule].sort_values("layer").groupby("seed")["change"].agg(number)
+            does, side = (does, side) if norm == "after" else ("changes", 0)
+            rows.append(over_seeds("4.1", f"{step} {does} {rate} {where}", side, of_rule))
     return rows
 
 
@@ -99,10 +111,12 @@ def course_claims(layers, which):
         own, but = layers[layers["model"] == model], ""
         if model == "crate-c":  # the paper excepts its last few layers
             own, but = own[own["layer"] <= 3 * own["layer"].max() / 4], " but the last quarter"
-        steps = own.pivot(index=["seed", "layer"], columns="epoch", values="srr").diff(axis=1).iloc[:, 1:]
-        text = f"Training raises SRR at every layer{but}, from each logged epoch to the next, {model}{which}: smallest change"
-        note = f"{(steps > 0).to_numpy().mean():.0%} of {steps.size} steps rise" if steps.size else ""
-        rows.append(over_seeds("4.3", text, +1, steps.min(axis=1).groupby("seed").min(), note=note))
+        curves = own.pivot(index=["layer", "epoch"], columns="seed", values="srr").sort_index()
+        steps = curves.groupby("layer").diff().dropna(how="all")  # a row per layer and step, a column per seed
+        text = f"Training raises SRR at every layer{but}, from each logged epoch to the next, {model}{which}: worst step"
+        if len(steps):
+            note = f"{(steps > 0).sum().sum() / steps.count().sum():.0%} of {steps.count().sum()} steps rise"
+            rows.append(worst([over_seeds("4.3", text, +1, step, note=note) for _, step in steps.iterrows()], +1))
     return rows
 
 
@@ -119,17 +133,18 @@ def operator_changes(operators):
 def operator_claims(changes, which):
     """What compresses in trained models (Section 4.3), from `operator_changes`."""
     rows = []
-    for text, side, point, models in (
-        ("the attention step raises R^c", +1, "compressed", ("crate-c", "crate-t", "crate")),
-        ("its negated step lowers R^c", -1, "compressed", ("crate-n",)),
-        ("ISTA with its ReLU lowers R^c (conjecture)", -1, "output", MAIN),
-        ("beyond the paper, its exact step lowers R^c", -1, "compressed", ("crate-e",)),
+    for step, does, side, point, models in (
+        ("the attention step", "raises", +1, "compressed", ("crate-c", "crate-t", "crate")),
+        ("its negated step", "lowers", -1, "compressed", ("crate-n",)),
+        ("ISTA with its ReLU (conjecture)", "lowers", -1, "output", MAIN),
+        ("beyond the paper, its exact step", "lowers", -1, "compressed", ("crate-e",)),
     ):
         for model in models:
             own = changes.query("model == @model and point == @point")
-            for norm, (words, margin) in NORMS.items():
-                claimed = f"Trained {model}: {text}, mean over layers{words}{which}"
-                rows.append(over_seeds("4.3", claimed, side, own[norm], margin=margin))
+            for norm, rate in NORMS.items():
+                said, claimed = (does, side) if norm == "after" else ("changes", 0)
+                text = f"Trained {model}: {step} {said} {rate}, mean over layers{which}"
+                rows.append(over_seeds("4.3", text, claimed, own[norm]))
     return rows
 
 
@@ -169,25 +184,20 @@ OF_THE_STUDY = [
 
 
 def rank_claims(table, claims, note, width=""):
-    """Section 5, from a correlation.csv. claims: one of the lists above; those whose number the table lacks are left out.
-
-    Of several measures the one with the worst verdict decides, of several such the one with the worst number.
-    """
+    """Section 5, from a correlation.csv. claims: one of the lists above; those whose number the table lacks are left out."""
     rows = []
     for text, side, column, measures in claims:
-
-        def rank(row):
-            said = verdict(row[f"{column}_low"], row[f"{column}_high"], side)
-            return ("contradicted", "undecided", "holds").index(said), side * row[column]
-
         own = table[table["measure"].isin(measures)].dropna(subset=column) if column in table else table[:0]
-        for row in sorted(own.to_dict("records"), key=rank)[:1]:
+        of_measures = []
+        for row in own.to_dict("records"):
             about = [note, row["measure"]] if len(measures) > 1 else [note]
             if column == "lead":
                 about.append(f"rival {row['lead_rival']}, first in {row['share_first']:.0%} of resamples")
             values = row[column], row[f"{column}_low"], row[f"{column}_high"], int(row["models"]), "models"
             p_value = row[P_VALUES[column]] if column in P_VALUES else math.nan
-            rows.append(claim("5", text.format(width), side, *values, p_value=p_value, note=", ".join(about)))
+            of_measures.append(claim("5", text.format(width), side, *values, p_value=p_value, note=", ".join(about)))
+        if of_measures:
+            rows.append(worst(of_measures, side))
     return rows
 
 
@@ -202,10 +212,12 @@ def intervention_claims(runs):
     rows = []
     for model, own in runs.groupby("model"):
         srr = own.pivot(index="seed", columns="srr_reg", values="srr")
-        text, moved = f"Beyond the paper, intervention on {model}: ", srr[max(srr)] - srr[min(srr)]
-        rows.append(over_seeds("5", text + "SRR in the loss lowers SRR, largest eta minus smallest", -1, moved))
+        text = f"Beyond the paper, intervention on {model}: "
+        for eta, does, side in ((max(srr), "lowers", -1), (min(srr), "raises", +1)):
+            if eta * side < 0 and 0 in srr:
+                rows.append(over_seeds("5", f"{text}eta = {eta:g} in the loss {does} SRR", side, srr[eta] - srr[0]))
         rows.append(over_seeds("5", text + "the gap follows SRR, its slope over SRR along eta", +1, slopes(own)))
-    if len(rows) > 2:
+    if runs["model"].nunique() > 1:
         text = "Beyond the paper, intervention, mean over types: the gap follows SRR, its slope over SRR along eta"
         rows.append(over_seeds("5", text, +1, slopes(runs).unstack("model").mean(axis=1, skipna=False)))
     return rows

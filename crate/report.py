@@ -52,7 +52,7 @@ every layer, but for a rare exception in the last layers of CRATE-C. That the Re
 """,
     "5": """The paper: at the smaller width SRR has the highest tau (0.445) and wins on the model-type axis; products and sums
 of norms and path-norm correlate negatively, 1/margin and PAC-Bayes flatness positively and strongly. At the larger width SRR
-is slightly best, below PAC-Bayes flatness on dropout and model type. An interval over models says nothing of a fifth type.
+is slightly best, below PAC-Bayes flatness on dropout and model type.
 """,
     "study": "Beyond the paper: settings drawn at random, each run with a seed of its own, ranked within model types.\n",
     "intervention": "Beyond the paper: only eta differs, and moves SRR. If SRR is what makes the gap, the gap follows it.\n",

@@ -124,7 +124,7 @@ def agreement(mu, gaps, draws, i, j):
 
 
 @np.errstate(invalid="ignore")
-def averages(mu, gaps, draws, i, j, groups):
+def averages(mu, g, draws, i, j, groups):
     """{statistic: (seeds, m, R)}: agreement averaged over the pairs of a group, then over the groups; NaN without pairs.
 
     Psi is the mean over axes (Eq. 13). A resample keeps a two-valued group with probability 0.4, so the spread of psi is
@@ -135,7 +135,7 @@ def averages(mu, gaps, draws, i, j, groups):
         for of_seed in seeds:
             means = present = 0  # the sum over groups, and how many have a pair
             for group in of_seed:
-                total, count = agreement(mu, gaps, draws, i[group], j[group])
+                total, count = agreement(mu, g[:, None], draws, i[group], j[group])
                 means, present = means + total / np.maximum(count, 1), present + (count > 0)
             result[statistic].append(means / present)
     result = {statistic: np.array(values) for statistic, values in result.items()}
@@ -238,15 +238,6 @@ def draw(stratum, resamples, rng):
     return draws
 
 
-def draw_images(gaps, val_losses, resamples, rng):
-    """Gaps (n, R), with the validation losses (n, images) of images drawn anew, the same for all models."""
-    images, result = val_losses.shape[1], np.empty((len(gaps), resamples))
-    for r in range(resamples):
-        drawn = np.bincount(rng.integers(images, size=images), minlength=images)
-        result[:, r] = gaps + val_losses @ ((drawn - 1) / images)
-    return result
-
-
 def permutation_p_values(mu, g, models, resamples, rng):
     """Two-sided p-values (m,) of tau over the pairs inside strata; mu (m, n), NaN where missing, g (n,), ranks.
 
@@ -284,17 +275,19 @@ def holm(p_values):
 def reliability(gaps, val_losses, strata=None):
     """How much of the variance of gaps (n,) over models is no noise of the validation images; val_losses (n, images).
 
-    {"standard_error": (n,), "reliability": 1 - mean squared standard error / variance over models, "reliability_within": the
-    same with the pooled variance inside strata (n,), NaN without strata}.
+    {"standard_error": (n,), of each gap, "reliability": 1 - noise / variance, "reliability_within": the same inside strata
+    (n,), NaN without strata}. All models share the images, so what their losses have in common moves no gap against another:
+    the noise is the squared standard error of a model's losses minus the mean over models, or over those of its stratum.
     """
-    gaps, val_losses = pd.Series(np.asarray(gaps, float)), np.asarray(val_losses, float)
-    error = val_losses.std(axis=1, ddof=1) / math.sqrt(val_losses.shape[1])
-    within = math.nan
-    if strata is not None:
-        by_stratum = gaps.groupby(np.asarray(strata))
-        pooled = ((gaps - by_stratum.transform("mean")) ** 2).sum() / (len(gaps) - by_stratum.ngroups)
-        within = 1 - np.mean(error**2) / pooled
-    return {"standard_error": error, "reliability": 1 - np.mean(error**2) / gaps.var(), "reliability_within": within}
+    gaps, val_losses = pd.DataFrame(np.asarray(gaps, float)), pd.DataFrame(np.asarray(val_losses, float))
+
+    def share(strata):
+        gap, own = (values - values.groupby(strata).transform("mean") for values in (gaps, val_losses))
+        return 1 - (own.var(axis=1) / own.shape[1]).sum() / (gap**2).sum().item()
+
+    within = math.nan if strata is None else share(np.asarray(strata))
+    overall = share(np.zeros(len(gaps)))
+    return {"standard_error": val_losses.sem(axis=1).to_numpy(), "reliability": overall, "reliability_within": within}
 
 
 def compare_with_srr(rows, point, samples):
@@ -335,16 +328,13 @@ def ranked(table, measures, seed):
     return rankdata(mu, axis=1, nan_policy="omit")
 
 
-def correlate(
-    table, hyperparameters, gap, measures, *, seed_column=None, strata=None, controls=(), val_losses=None, resamples=10_000,
-    rng=0,
-):  # fmt: skip
+def correlate(table, hyperparameters, gap, measures, *, seed_column=None, strata=None, controls=(), resamples=10_000, rng=0):
     """One row (dict) per measure, in the given order: its rank statistics against the column `gap`.
 
     table: a DataFrame or a list of dicts, a row per model; a missing gap drops it, a measure that isn't finite for this
     measure. With a seed_column statistics are per seed, then averaged. strata: a column, such as the model type. controls:
     lists of columns, numbers or text; `rho_given_a_b`, for the list [a, b], is Spearman's correlation given these, over all
-    models and seeds. val_losses (rows, images): every resample, but those of rho, draws the images anew, too.
+    models and seeds.
 
     tau is tau-a; `ties` counts pairs tied in the measure or the gap; K_within is K given the stratum alone. *_low, *_high:
     95 % percentile bootstrap over settings, for tau_within and tau_between inside strata. p_value, p_within: permutation
@@ -365,19 +355,16 @@ def correlate(
     note, generator = "", np.random.default_rng(rng)
     if len(i) * resamples > MOST_WORK:
         resamples, note = 0, "intervals and p-values left out: too many pairs; ask for fewer resamples"
-    gaps = rankdata(g)[:, None]
-    if val_losses is not None:
-        gaps = draw_images(g, np.asarray(val_losses, float)[kept], resamples, generator.spawn(1)[0])
     g = rankdata(g)
     groups = pair_groups(models, i, j, hyperparameters, table[strata].unique() if strata else ())
-    by_seed = averages(mu, g[:, None], np.ones((len(g), 1)), i, j, groups)
+    by_seed = averages(mu, g, np.ones((len(g), 1)), i, j, groups)
     point = {statistic: mean_of_finite(values) for statistic, values in by_seed.items()}  # (m, 1)
 
     def resampled(stratum, statistics):
         """Settings are drawn and permuted inside strata (n,): {statistic: (m, R)}, p-values (m,), the draws (n, R)."""
         inside = models._replace(stratum=stratum)
         draws = draw(stratum[np.unique(models.setting, return_index=True)[1]], resamples, generator)[models.setting]
-        drawn = averages(mu, gaps, draws, i, j, {statistic: groups[statistic] for statistic in statistics})
+        drawn = averages(mu, g, draws, i, j, {statistic: groups[statistic] for statistic in statistics})
         drawn = {statistic: mean_of_finite(values) for statistic, values in drawn.items()}
         return drawn, permutation_p_values(mu, g, inside, resamples, generator), draws
 

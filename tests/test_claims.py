@@ -62,6 +62,21 @@ def test_layers_at_initialisation():
     assert find(result, "lowest layer") == ("finding", 3)
 
 
+def test_training_raises_srr_is_decided_by_the_worst_step():
+    generator = np.random.default_rng(3)
+    layers = pd.MultiIndex.from_product([range(12), [1, 2, 3], [0, 1, 2]], names=["seed", "layer", "epoch"])
+    layers = layers.to_frame(index=False)
+    layers["srr"] = 3 * layers["epoch"] + generator.normal(size=108)  # here and there a single seed's step falls
+    rising = layers.assign(model="crate-t")
+    assert find(claims.course_claims(rising, ""), "crate-t")[0] == "holds"
+    falls = rising.eval("layer == 2 and epoch == 2")
+    falling = rising.assign(srr=rising["srr"] - 15 * falls)
+    steps = falling[falls]["srr"].to_numpy() - falling.query("layer == 2 and epoch == 1")["srr"].to_numpy()
+    (row,) = claims.course_claims(falling, "")
+    assert (row["verdict"], row["number"]) == ("contradicted", pytest.approx(steps.mean()))
+    assert row["p_value"] == pytest.approx(6 * stats.ttest_1samp(steps, 0).pvalue)  # one of 3 layers x 2 steps
+
+
 def test_correlation_claims():
     taus = {"srr": 0.4, "path_norm": -0.05, "inverse_margin": -0.3, "log_prod_of_fro": -0.11, "log_sum_of_fro": -0.4}
     table = pd.DataFrame(taus.items(), columns=["measure", "tau"])

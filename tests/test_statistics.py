@@ -178,7 +178,7 @@ def test_resamples_equal_loops_over_the_copies():
     assert (draws.sum(axis=0) == len(rows)).all()
     i, j = statistics.all_pairs(models)
     groups = statistics.pair_groups(models, i, j, list(AXES), ())
-    result = statistics.averages(mu[None], g[:, None], draws, i, j, groups)
+    result = statistics.averages(mu[None], g, draws, i, j, groups)
     for r, draw in enumerate(draws.T.astype(int)):
         pairs = [(a, b) for a, b in itertools.combinations(np.repeat(np.arange(len(rows)), draw), 2) if a != b]
         assert result["tau"][0, 0, r] == pytest.approx(np.mean([agreement(rows[a], rows[b]) for a, b in pairs]), abs=1e-6)
@@ -263,23 +263,19 @@ def test_rank_correlation_given_others_is_that_of_residuals():
     assert found == pytest.approx((a - b * c) / math.sqrt((1 - b**2) * (1 - c**2)))
 
 
-def test_images_are_resampled_for_all_models_alike():
-    table, rng = noisy(), np.random.default_rng(0)
-    plain, noise = one(table, resamples=400), rng.normal(size=(32, 100))
-    common = np.tile(10 * noise[0], (32, 1))  # one and the same for all models: it shifts their gaps alike
-    assert one(table, resamples=400, val_losses=common)["tau_low"] == pytest.approx(plain["tau_low"], abs=1e-9)
-    own = one(table, resamples=400, val_losses=30 * noise)  # a standard error of 3, over gaps of about 1
-    assert own["tau"] == plain["tau"] and own["tau_high"] < plain["tau_high"] and own["tau_low"] < 0.1
-
-
 def test_reliability():
-    """Of gaps that are noise alone it is 0, of those that are three parts true to one of noise 3/4, inside strata, too."""
+    """Of gaps that are noise alone it is 0, of those that are three parts true to one of noise 3/4, inside strata, too.
+
+    An image that is hard for all models alike, or for all of a stratum, shifts their gaps together: no noise between them.
+    """
     rng = np.random.default_rng(0)
-    losses = rng.normal(size=(400, 100)) * 10  # standard error 1
+    losses = rng.normal(size=(400, 100)) * 10 + 50 * rng.normal(size=100)
     noise, strata = losses.mean(axis=1), np.arange(400) % 2
     gaps = noise + rng.normal(size=400) * math.sqrt(3)
     result = statistics.reliability(gaps + 5 * strata, losses, strata)
     assert result["standard_error"] == pytest.approx(losses.std(axis=1, ddof=1) / 10)
+    of_strata = losses + 50 * rng.normal(size=(2, 100))[strata]
+    assert statistics.reliability(gaps, of_strata, strata)["reliability_within"] == pytest.approx(result["reliability_within"])
     assert statistics.reliability(noise, losses)["reliability"] == pytest.approx(0, abs=0.1)
     assert result["reliability_within"] == pytest.approx(3 / 4, abs=0.1) and result["reliability"] > 0.85
     assert math.isnan(statistics.reliability(gaps, losses)["reliability_within"])
