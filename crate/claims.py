@@ -203,8 +203,9 @@ def rank_claims(table, claims, note, width=""):
 
 def slopes(runs):
     """The least-squares slope of the gap over SRR, along eta: a Series (model, seed). runs: {model, seed, srr, gap}."""
-    covariance = runs.groupby(["model", "seed"])[["srr", "gap"]].cov().unstack()
-    return covariance["srr", "gap"] / covariance["srr", "srr"]
+    keys = [runs["model"], runs["seed"]]
+    srr, gap = (runs[name] - runs[name].groupby(keys).transform("mean") for name in ("srr", "gap"))
+    return (srr * gap).groupby(keys).sum() / (srr**2).groupby(keys).sum()
 
 
 def intervention_claims(runs):
