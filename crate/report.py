@@ -31,8 +31,8 @@ COLUMNS = {  # that the report needs of a table
     "layers": "experiment run epoch images layer rate_subspaces rate srr",
     "operators": "experiment run epoch layer point rate_subspaces rate_subspaces_equal_norm",
     "rates": "rule seed layer before after after_equal_norm overflow",
-    "measures": "model width srr gap reached_target",
-    "study_measures": "model width srr gap reached_target",
+    "measures": "model",
+    "study_measures": "model",
     "correlation": "measure models tau tau_low tau_high p_value",
     "claims": "section claim note claimed number low high verdict",
 }
@@ -268,10 +268,10 @@ def complexity_section(results, runs):
     moved, observed = moved[~moved["reached_target"].eq(False)], []
     if len(moved):
         for name, what in ("measures", "grid"), ("study_measures", "random settings"):
-            models = read_table(results / f"{name}.csv").query("model in @claims.MAIN and reached_target != False")
-            width = models["width"].min()
-            models = models[models["width"] == width].dropna(subset=["srr", "gap"])
-            observed += claims.observed_slopes(models, f"{what}, d = {width}")
+            models = read_table(results / f"{name}.csv").reindex(columns=["model", "width", "reached_target", "srr", "gap"])
+            models = models.query("model in @claims.MAIN and reached_target != False").dropna(subset=["width", "srr", "gap"])
+            models = models[models["width"] == models["width"].min()]
+            observed += claims.observed_slopes(models, f"{what}, d = {models['width'].min()}")
         by_model = claims.slopes(moved).dropna().groupby("model")
         slopes = {model: with_interval(*claims.mean_interval(values), ".2g") for model, values in by_model}
         best_known = min(observed, key=lambda row: row["high"] - row["low"], default={"number": None})
