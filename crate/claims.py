@@ -66,7 +66,7 @@ def worst(rows, side):
     """What decides a claim about several numbers: the row with the worst verdict, of such that with the worst number."""
     verdicts = ("contradicted", "undecided", "holds", "finding")
     row = min(rows, key=lambda row: (verdicts.index(row["verdict"]), side * row["number"]))
-    if row["verdict"] == "contradicted":  # which one of several soon is by chance
+    if row["verdict"] == "contradicted":  # one of many numbers soon does so by chance
         row["p_value"] = np.minimum(1, row["p_value"] * len(rows))
     return row
 
@@ -225,9 +225,9 @@ def intervention_claims(runs):
 
 
 def observed_slopes(models, note):
-    """Beside it, where nothing is moved: the slope of the gap over SRR among models of one type, the same for all types.
+    """How the gap goes with SRR where no loss moves it: one slope for the models of all types, each with a mean of its own.
 
-    models: rows {model, srr, gap}. Least squares of deviations from each type's mean, t interval; [] for too few models.
+    models: rows {model, srr, gap}. Least squares of the deviations from those means, t interval; [] for too few models.
     """
     deviations = models[["srr", "gap"]] - models.groupby("model")[["srr", "gap"]].transform("mean")
     freedom = len(models) - models["model"].nunique() - 1  # a mean per type, and the slope
