@@ -173,7 +173,7 @@ def markdown(table, axes, strata, rows, gap, controls):
 
     seeds = max(row["seeds"] for row in rows)
     text += f"\nKendall's tau with `{gap}`; under each hyperparameter the granulated psi, Psi their mean. In brackets 95 %\n"
-    text += f"intervals, {rows[0]['resamples']} bootstrap resamples of the models; p: as many permutations, two-sided.\n"
+    text += f"intervals, {rows[0]['resamples']} bootstrap resamples of the settings; p: as many permutations, two-sided.\n"
     if seeds > 1:
         text += f"All but rho are means over {seeds} seeds.\n"
     if strata:

@@ -85,7 +85,8 @@ for stage in $stages; do
       go correlate.py "$results/study_measures.csv" --hyperparameters model batch_size lr dropout weight_decay --gap gap \
         --controls baseline_steps params --controls model width lr --val-losses "$results/study_measures_val_losses.npz" \
         --out "$results/study_correlation"
-      train intervention --model $models $until_low --log-srr-every 1000 --epochs 200 --srr-reg $etas --seed $(seq -s " " 0 9)
+      train intervention --model $models $until_low --log-srr-every 1000 --epochs 200 --srr-reg $etas --srr-layer last all \
+        --seed $(seq -s " " 0 9)
       if [ -n "$size" ]; then # at the preset's own size, too
         train table2-small --model $models --srr-reg 0 1e-3 --seed $(seq -s " " 0 9)
         train table2-small --model crate-fix crate-identity crate-e vit --seed $(seq -s " " 0 9)

@@ -13,11 +13,11 @@ claimed side and is *contradicted* where it is on the other side. Else there is 
 within a margin (two one-sided tests): 0.5 points for SRR in the loss. What is left is *undecided*; an interval without width
 decides nothing: equal values of coarse accuracies are no certainty. A *finding* is a number about which nothing is claimed,
 rates at equal norm among them; what goes beyond the paper is expected by us. Of several numbers that must all be so, the
-worst decides, and p of a contradiction is multiplied by how many there are. Intervals and p-values are those of the t test
-over seeds; a slope over models has least squares' interval, rank correlations have bootstrap intervals over models, and tau
-and tau within types p-values of permutations (crate/statistics.py). p is two-sided and adjusted within each section (Holm);
-where that leaves it at 0.05 or more, the verdict is called *unadjusted*. A number without p rests on its interval alone,
-which is not adjusted.
+worst decides, with the largest p, or that of a contradiction times how many there are. Intervals and p-values are those of
+the t test over seeds; a slope over models has least squares' interval, rank correlations have bootstrap intervals over
+settings, and tau and tau within types p-values of permutations (crate/statistics.py). p is two-sided and adjusted within each
+section (Holm); where that leaves it at 0.05 or more, the verdict is called *unadjusted*. A number without p rests on its
+interval alone, which is not adjusted.
 """
 NORMS = {"after": "R^c", "after_equal_norm": "R^c at equal norm"}  # what the paper measures, and what it doesn't
 
@@ -63,12 +63,15 @@ def over_seeds(section, text, side, values, *, margin=None, note=""):
 
 
 def worst(rows, side):
-    """What decides a claim about several numbers: the row with the worst verdict, of such that with the worst number."""
+    """What decides a claim about several numbers: the row with the worst verdict, of such that with the worst number.
+
+    Its p: all numbers must hold, so the largest; where one contradicts, times their number: one of many soon does so by chance.
+    """
     verdicts = ("contradicted", "undecided", "holds", "finding")
     row = min(rows, key=lambda row: (verdicts.index(row["verdict"]), side * row["number"]))
-    if row["verdict"] == "contradicted":  # one of many numbers soon does so by chance
-        row["p_value"] = np.minimum(1, row["p_value"] * len(rows))
-    return row
+    contradicted = row["verdict"] == "contradicted"
+    p_value = np.minimum(1, row["p_value"] * len(rows)) if contradicted else np.fmax.reduce([row["p_value"] for row in rows])
+    return row | {"p_value": p_value}
 
 
 def attention_claims(rates):
@@ -208,19 +211,26 @@ def slopes(runs):
     return (srr * gap).groupby(keys).sum() / (srr**2).groupby(keys).sum()
 
 
-def intervention_claims(runs):
-    """Does the gap follow SRR where eta alone differs? From rows {model, srr_reg, seed, srr, gap}."""
-    rows = []
+def by_lever(runs):
+    """{words for the layers whose SRR was in the loss ("" for the last one): their runs and those with eta = 0}."""
+    plain, words = runs["srr_reg"] == 0, {"last": "", "all": ", all layers", "random": ", a random layer"}
+    layers = in_depth(runs.loc[~plain, "srr_layer"].unique())
+    return {words.get(layer, f", layer {layer}"): runs[plain | (runs["srr_layer"] == layer)] for layer in layers}
+
+
+def intervention_claims(runs, which):
+    """Does the gap follow SRR where eta alone differs? From rows {model, srr_reg, seed, srr, gap} of one lever."""
+    rows, follows = [], "the gap follows SRR, its slope over SRR along eta"
     for model, own in runs.groupby("model"):
         srr = own.pivot(index="seed", columns="srr_reg", values="srr")
-        text = f"Beyond the paper, intervention on {model}: "
+        text = f"Beyond the paper, intervention on {model}{which}: "
         for eta, does, side in ((max(srr), "lowers", -1), (min(srr), "raises", +1)):
             if eta * side < 0 and 0 in srr:
                 rows.append(over_seeds("5", f"{text}eta = {eta:g} in the loss {does} SRR", side, srr[eta] - srr[0]))
-        rows.append(over_seeds("5", text + "the gap follows SRR, its slope over SRR along eta", +1, slopes(own)))
+        rows.append(over_seeds("5", text + follows, +1, slopes(own)))
     if runs["model"].nunique() > 1:
-        text = "Beyond the paper, intervention, mean over types: the gap follows SRR, its slope over SRR along eta"
-        rows.append(over_seeds("5", text, +1, slopes(runs).unstack("model").mean(axis=1, skipna=False)))
+        text = f"Beyond the paper, intervention, mean over types{which}: "
+        rows.append(over_seeds("5", text + follows, +1, slopes(runs).unstack("model").mean(axis=1, skipna=False)))
     return rows
 
 

@@ -35,27 +35,24 @@ VARIANTS = {
 }
 
 
-# What the heads are: functions of (mssa, tokens (B, N, d), first, drop) that give (B, K, N, p), or of the first tokens alone.
-# An attention weight is dropped with probability `drop`.
+# What the heads are: functions of (mssa, tokens (B, N, d), drop) that give (B, K, N, p). An attention weight is dropped with
+# probability `drop`.
 
 
-def subspace_heads(mssa, tokens, first, drop):
+def subspace_heads(mssa, tokens, drop):
     """Eq. 4: V_k softmax(V_k^T V_k) with V_k = U_k^T Z."""
-    V = split_heads(mssa.U(tokens), mssa.heads)
-    if first is None:
-        return self_attention(V, mssa.scale, drop)
-    return F.scaled_dot_product_attention(V[..., :first, :], V, V, dropout_p=drop, scale=mssa.scale)
+    return self_attention(split_heads(mssa.U(tokens), mssa.heads), mssa.scale, drop)
 
 
-def exact_heads(mssa, tokens, first, drop):
+def exact_heads(mssa, tokens, drop):
     """The heads' part of grad R^c (Eq. 6). There is no softmax, so none of its dropout."""
-    return subspace_gradient(split_heads(mssa.U(tokens), mssa.heads))[..., :first, :]
+    return subspace_gradient(split_heads(mssa.U(tokens), mssa.heads))
 
 
-def standard_heads(mssa, tokens, first, drop):
+def standard_heads(mssa, tokens, drop):
     """A standard transformer's attention, whose query matrix is U."""
     query, key, value = (split_heads(matrix(tokens), mssa.heads) for matrix in (mssa.U, mssa.key, mssa.value))
-    return F.scaled_dot_product_attention(query[..., :first, :], key, value, dropout_p=drop, scale=mssa.scale)
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=drop, scale=mssa.scale)
 
 
 HEADS = {"U": subspace_heads, "exact": exact_heads, "QKV": standard_heads}
@@ -92,10 +89,10 @@ class MSSA(nn.Module):
             return F.linear(stacked, self.fixed)
         return stacked
 
-    def forward(self, tokens, first=None):
-        """(B, N, d) -> (B, N, d), or (B, first, d): the first tokens alone, which still attend to all."""
+    def forward(self, tokens):
+        """(B, N, d) -> (B, N, d)."""
         drop = self.dropout if self.training else 0.0
-        heads = self.attend(self, tokens, first, drop)  # (B, K, N, p)
+        heads = self.attend(self, tokens, drop)  # (B, K, N, p)
         return dropout(self.merge(merge_heads(heads)), drop)
 
 
@@ -137,17 +134,17 @@ class Layer(nn.Module):
         if variant.sparsification == "MLP":
             self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def compress(self, tokens, first=None):
-        return torch.add(tokens[..., :first, :], self.mssa(self.norm1(tokens), first), alpha=self.sign)
+    def compress(self, tokens):
+        return torch.add(tokens, self.mssa(self.norm1(tokens)), alpha=self.sign)
 
     def sparsify(self, tokens):
         if self.ista:
             return self.ista(self.norm2(tokens))
         return tokens + self.mlp(self.norm2(tokens))
 
-    def forward(self, tokens, first=None):
-        """(B, N, d) -> (B, N, d), or the first tokens of that alone, (B, first, d)."""
-        return self.sparsify(self.compress(tokens, first))
+    def forward(self, tokens):
+        """(B, N, d) -> (B, N, d)."""
+        return self.sparsify(self.compress(tokens))
 
 
 class CRATE(nn.Module):
@@ -187,11 +184,11 @@ class CRATE(nn.Module):
         return outputs[1:]
 
     def forward(self, images):
-        """Logits (B, classes). The head reads CLS alone, so the last layer makes no other token."""
+        """Logits (B, classes), from the CLS token."""
         tokens = self.embed(images)
-        for layer in self.layers[:-1]:
+        for layer in self.layers:
             tokens = layer(tokens)
-        return self.head(self.layers[-1](tokens, first=1)[:, 0])
+        return self.head(tokens[:, 0])
 
 
 def build_model(name, *, image_size, patch_size, channels, classes, width, depth, heads, dropout=0.0, **options):

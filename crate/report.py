@@ -264,23 +264,33 @@ def complexity_section(results, runs):
     text += section("SRR as a complexity measure (Section 5; Tables 1, 5)", PAPER["5"], *parts)
     of_study, parts = ranks(results, [("study_correlation", "random settings", claims.OF_THE_STUDY, "")])
     text += section("Does SRR rank models of one type? (study)", PAPER["study"], *parts)
-    moved = runs_of(runs, ["intervention"], ["model", "seed", "srr_reg"]).dropna(subset=["srr", "gap"])
-    moved, observed = moved[~moved["reached_target"].eq(False)], []
-    if len(moved):
-        for name, what in ("measures", "grid"), ("study_measures", "random settings"):
-            models = read_table(results / f"{name}.csv").reindex(columns=["model", "width", "reached_target", "srr", "gap"])
-            models = models.query("model in @claims.MAIN and reached_target != False").dropna(subset=["width", "srr", "gap"])
-            models = models[models["width"] == models["width"].min()]
-            observed += claims.observed_slopes(models, f"{what}, d = {models['width'].min()}")
-        by_model = claims.slopes(moved).dropna().groupby("model")
+    about, parts = intervention(results, runs)
+    text += section("Does the gap follow SRR? (intervention)", PAPER["intervention"], *parts)
+    return found + of_study + about, text
+
+
+def intervention(results, runs):
+    """The runs in which eta moves SRR, beside the models that nobody pushed: (claims, Markdown)."""
+    moved = runs_of(runs, ["intervention"], ["model", "seed", "srr_reg", "srr_layer"]).dropna(subset=["srr", "gap"])
+    moved, found, parts = moved[~moved["reached_target"].eq(False)], [], []
+    if moved.empty:
+        return found, parts
+    for name, what in ("measures", "grid"), ("study_measures", "random settings"):
+        models = read_table(results / f"{name}.csv").reindex(columns=["model", "width", "reached_target", "srr", "gap"])
+        models = models.query("model in @claims.MAIN and reached_target != False").dropna(subset=["width", "srr", "gap"])
+        models = models[models["width"] == models["width"].min()]
+        found += claims.observed_slopes(models, f"{what}, d = {models['width'].min()}")
+    best_known = min(found, key=lambda row: row["high"] - row["low"], default={"number": None})
+    for which, own in claims.by_lever(moved).items():
+        by_model = claims.slopes(own).dropna().groupby("model")
         slopes = {model: with_interval(*claims.mean_interval(values), ".2g") for model, values in by_model}
-        best_known = min(observed, key=lambda row: row["high"] - row["low"], default={"number": None})
-        figures.intervention(moved, slopes, best_known["number"], results / "figures/intervention.png")
-    caption = "The gap against SRR where eta alone differs, a line per seed; slope: mean over seeds, 95 % interval"
-    caption += f"; dashed: the slope among models of one type ({best_known['note']})" if observed else ""
-    drawn = image(results, "figures/intervention.png", caption)
-    text += section("Does the gap follow SRR? (intervention)", PAPER["intervention"], drawn)
-    return found + of_study + observed + claims.intervention_claims(moved), text
+        name = f"figures/intervention{which.replace(', ', '_').replace(' ', '_')}.png"
+        figures.intervention(own, slopes, best_known["number"], results / name)
+        caption = f"The gap against SRR where eta alone differs{which}, a line per seed; slope: mean over seeds, 95 % interval"
+        caption += f"; dashed: the slope among models of one type ({best_known['note']})" if best_known["number"] else ""
+        parts.append(image(results, name, caption))
+        found += claims.intervention_claims(own, which)
+    return found, parts
 
 
 def runs_of(runs, experiments, columns):
@@ -380,7 +390,7 @@ def write_report(results):
     """REPORT.md, claims.csv and figures/, from the tables in `results`. Raises InputError where there are none."""
     runs = read_table(results / "runs.csv")
     of_section_6 = regularisation_section(runs)  # first: it refuses runs that don't belong together
-    for pattern in ("fig_2*.png", "layers.png", "intervention.png"):  # of an earlier report
+    for pattern in ("fig_2*.png", "layers.png", "intervention*.png"):  # of an earlier report
         for figure in results.glob(f"figures/{pattern}"):
             figure.unlink()
     sections = attention_section(results), layers_section(results, runs), complexity_section(results, runs), of_section_6

@@ -2,7 +2,8 @@
 
 A *setting* is one combination of hyperparameters, a *model* a setting with a seed, a *stratum* the models of one type, say.
 n models, m measures, P pairs, R resamples. tau, psi, Psi are means of sign(mu_a - mu_b) sign(g_a - g_b) over pairs of models:
-`pair_groups` says which, `averages` takes the means. A bootstrap changes how often each model counts, a permutation changes
+`pair_groups` says which, `averages` takes the means: of 32 models in the paper's grid, psi_lr has 16 groups of one pair. A
+bootstrap changes how often each model counts, so that a pair counts the product of its models' draws; a permutation changes
 whose gap is whose. K is from Jiang et al. 2019, sign errors from Dziugaite et al. 2020.
 """
 
@@ -16,7 +17,7 @@ from scipy.special import entr
 from scipy.stats import kendalltau, rankdata
 
 MOST_WORK = 1e10  # pairs times resamples: about a minute on one core
-NO_RIVALS = ("srr_", "rate_subspaces", "baseline_")  # SRR's variants and parts, and baselines
+NO_RIVALS = ("srr_", "rate_subspaces", "baseline_", "params")  # SRR's variants and parts, and baselines
 PIECE = 200_000  # numbers at once, so that they stay in the cache
 
 
@@ -242,24 +243,26 @@ def permutation_p_values(mu, g, models, resamples, rng):
     """Two-sided p-values (m,) of tau over the pairs inside strata; mu (m, n), NaN where missing, g (n,), ranks.
 
     Whole settings are permuted inside strata, all their seeds alike: the seeds of a setting are no independent evidence.
-    Settings that lack a seed are left out. The given order is one of the permutations, so that p is never 0.
+    A setting that lacks a seed takes turns with those that lack the same ones. The given order is one of the permutations, so
+    that p is never 0.
     """
-    present = np.isfinite(mu).any(axis=0)
-    replicates = max(1, len(np.unique(models.replicate[present])))
-    whole = present & (np.bincount(models.setting, present)[models.setting] == replicates)
-    whole = np.lexsort((models.replicate, models.setting, ~whole))[: whole.sum()]  # setting by setting
-    if len(whole) < 3 * replicates or not resamples:
+    kept = np.flatnonzero(np.isfinite(mu).any(axis=0))
+    kept = kept[np.lexsort((models.replicate[kept], models.setting[kept]))]  # setting by setting
+    mu, g, models = mu[:, kept], g[kept], Models(*(values[kept] for values in models))
+    settings = np.split(np.arange(len(kept)), np.flatnonzero(np.diff(models.setting)) + 1)  # the places of their models
+    if len(settings) < 3 or not resamples:
         return np.full(len(mu), math.nan)
-    mu, g, models = mu[:, whole], g[whole], Models(*(values[whole] for values in models))
+    alike = {}  # {stratum and replicates: the settings with these}
+    for places in settings:
+        alike.setdefault((models.stratum[places[0]], *models.replicate[places]), []).append(places)
+    order = np.tile(np.arange(len(kept))[:, None], resamples + 1)  # (models, 1 + R), the first as given
+    for _, places in sorted(alike.items()):
+        places = np.array(places)  # (settings, replicates)
+        turns = rng.permuted(np.tile(np.arange(len(places))[:, None], resamples), axis=0)  # (settings, R)
+        order[places, 1:] = places[turns].swapaxes(1, 2)
     i, j = all_pairs(models)
     inside = models.stratum[i] == models.stratum[j]
-    stratum = models.stratum[::replicates]  # of each setting
-    order = np.tile(np.arange(len(stratum))[:, None], resamples + 1)  # (settings, 1 + R), the first as given
-    for own in (np.flatnonzero(stratum == level) for level in np.unique(stratum)):
-        order[own, 1:] = rng.permuted(order[own, 1:], axis=0)
-    permuted = g.astype(np.float32).reshape(-1, replicates)[order]  # (settings, 1 + R, replicates)
-    permuted = permuted.swapaxes(1, 2).reshape(len(whole), -1)
-    total, count = agreement(mu, permuted, np.ones((len(whole), 1), np.float32), i[inside], j[inside])
+    total, count = agreement(mu, g.astype(np.float32)[order], np.ones((len(kept), 1), np.float32), i[inside], j[inside])
     return np.where(count[:, 0] > 0, np.mean(np.abs(total) >= np.abs(total[:, :1]), axis=1), math.nan)
 
 

@@ -1,7 +1,8 @@
 """The training loop: Adam on cross-entropy + eta SRR (Eq. 14), the stopping criterion of Section 5, logs, exact resume.
 
-`fit` is the loop, from batches to log; read it first. An epoch is a function of the config and its number, and state is saved
-between epochs, so a run that was killed and started again ends with the same bits (on a CPU, with as many threads).
+`fit` is the loop, from batches to log; read it first. What an epoch draws at random depends on the config and its number alone,
+and state is saved between epochs, so a run that was killed and started again ends with the same bits (on a CPU, with as many
+threads).
 With torchrun every process is a rank that takes its share of each batch; rank 0 alone writes.
 """
 
@@ -93,8 +94,11 @@ def finished(state, config):
 
 
 def reached_target(model, data, state, target, epoch_ends):
-    """Whether the training loss is below `target`; it is kept in state["loss_bound"]. The model is in train mode afterwards."""
-    # How far above the target the loss is matters at an epoch's end alone: for the next epoch's checks.
+    """Whether the training loss is below `target`. Afterwards the model is in train mode.
+
+    state["loss_bound"] keeps the loss, or a ceiling that it exceeds: the target, but at an epoch's end the largest loss of
+    CHECKS_PER_EPOCH, to choose how often the next epoch checks.
+    """
     ceiling = max(target, CHECKS_PER_EPOCH[-1][0]) if epoch_ends else target
     loss = bounded_training_loss(model, data, ceiling, state["losses"])
     if ranks()[1] > 1:  # all ranks stop at the same step, whatever their rounding
@@ -123,7 +127,7 @@ def log_epoch(row, state, config, data, model, began):
 def compile_layers(model):
     """torch.compile for each layer: its forward alone, so that hooks still see what enters and leaves it."""
     torch._dynamo.reset()  # else the third model of a sweep runs uncompiled
-    torch._dynamo.config.recompile_limit = 64  # a layer's forms: train or eval, CLS alone, the smaller last batch, bf16 or not
+    torch._dynamo.config.recompile_limit = 64  # a layer's forms: train or eval, the smaller last batch, bf16 or not
     if hasattr(torch._functorch.config, "backward_pass_autocast"):
         torch._functorch.config.backward_pass_autocast = "off"  # else products that need full precision run in bf16
     for layer in model.layers:

@@ -68,7 +68,10 @@ def test_training_raises_srr_is_decided_by_the_worst_step():
     layers = layers.to_frame(index=False)
     layers["srr"] = 3 * layers["epoch"] + generator.normal(size=108)  # here and there a single seed's step falls
     rising = layers.assign(model="crate-t")
-    assert find(claims.course_claims(rising, ""), "crate-t")[0] == "holds"
+    (row,) = claims.course_claims(rising, "")
+    curves = rising.pivot(index=["layer", "epoch"], columns="seed", values="srr").groupby("layer").diff().dropna()
+    assert row["verdict"] == "holds"
+    assert row["p_value"] == pytest.approx(stats.ttest_1samp(curves, 0, axis=1).pvalue.max())  # all six steps must rise
     falls = rising.eval("layer == 2 and epoch == 2")
     falling = rising.assign(srr=rising["srr"] - 15 * falls)
     steps = falling[falls]["srr"].to_numpy() - falling.query("layer == 2 and epoch == 1")["srr"].to_numpy()
@@ -96,9 +99,15 @@ def test_intervention_slopes_are_those_of_least_squares():
     runs = runs.assign(model="crate-t", srr=100 - 50 * runs["srr_reg"] + noise[0], gap=noise[1])
     expected = [np.polyfit(own["srr"], own["gap"], 1)[0] for _, own in runs.groupby("seed")]
     assert claims.slopes(runs).to_list() == pytest.approx(expected)
-    assert find(claims.intervention_claims(runs), "lowers SRR")[0] == "holds"
+    assert find(claims.intervention_claims(runs, ""), "lowers SRR")[0] == "holds"
     both = pd.concat([runs, runs.assign(model="crate-n", gap=-3 * runs["gap"])])
-    assert find(claims.intervention_claims(both), "mean over types") == ("undecided", pytest.approx(-np.mean(expected)))
+    assert find(claims.intervention_claims(both, ""), "mean over types") == ("undecided", pytest.approx(-np.mean(expected)))
+
+
+def test_each_lever_has_its_own_runs_and_those_without():
+    runs = pd.DataFrame({"srr_reg": [0, 0.1, 0.1, 0.1, 0], "srr_layer": ["last", "last", "all", "2", "last"]})
+    levers = {which: list(own.index) for which, own in claims.by_lever(runs).items()}
+    assert levers == {", layer 2": [0, 3, 4], ", all layers": [0, 2, 4], "": [0, 1, 4]}
 
 
 def test_observed_slope_is_that_of_a_regression_with_a_constant_for_each_type():

@@ -220,6 +220,24 @@ def test_p_values_of_several_seeds_permute_whole_settings():
     assert statistics.holm([0.01, 0.04, math.nan, 0.03]) == pytest.approx([0.03, 0.06, math.nan, 0.06], nan_ok=True)
 
 
+def test_p_values_where_some_settings_have_a_second_run():
+    """Only settings with as many runs can take turns: the p-value is that of all 6! 3! such orders."""
+    generator = np.random.default_rng(4)
+    setting = np.array([0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8])
+    mu, gaps = generator.normal(size=12), generator.normal(size=12)
+    gaps = gaps + 0.5 * mu
+    table = [{"a": a, "seed": k, "b": m, "gap": g} for k, (a, m, g) in enumerate(zip(setting, mu, gaps))]
+    (row,) = statistics.correlate(table, ["a"], "gap", ["b"], seed_column="seed", resamples=20_000)
+    i, j = np.triu_indices(12, 1)
+    signs = np.sign(mu[i] - mu[j])
+    single, double = itertools.permutations(range(6)), np.array(list(itertools.permutations([6, 8, 10])))
+    second = (double[:, :, None] + [0, 1]).reshape(6, 6)
+    orders = np.array([[*one, *two] for one in single for two in second])
+    moved = gaps[orders]
+    taus = np.abs((signs * np.sign(moved[:, i] - moved[:, j])).sum(axis=1))
+    assert row["p_value"] == pytest.approx(np.mean(taus >= taus[0]), abs=0.015)
+
+
 def test_srr_against_its_rivals():
     """srr ranks like the gap, `near` has two neighbours the wrong way round; parts of SRR and baselines are no rivals."""
     table = [row | {"srr": row["gap"], "srr_rate": row["gap"], "baseline_x": row["gap"]} for row in noisy()]
