@@ -16,8 +16,8 @@ rates at equal norm among them; what goes beyond the paper is expected by us. Of
 worst decides, with the largest p, or that of a contradiction times how many there are. Intervals and p-values are those of
 the t test over seeds; a slope over models has least squares' interval, rank correlations have bootstrap intervals over
 settings, and tau and tau within types p-values of permutations (crate/statistics.py). p is two-sided and adjusted within each
-section (Holm); where that leaves it at 0.05 or more, the verdict is called *unadjusted*. A number without p rests on its
-interval alone, which is not adjusted.
+section (Holm), what goes beyond the paper apart from its claims; where that leaves it at 0.05 or more, the verdict is called
+*unadjusted*. A number without p rests on its interval alone, which is not adjusted.
 """
 NORMS = {"after": "R^c", "after_equal_norm": "R^c at equal norm"}  # what the paper measures, and what it doesn't
 
