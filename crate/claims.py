@@ -13,11 +13,11 @@ claimed side and is *contradicted* where it is on the other side. Else there is 
 within a margin (two one-sided tests): 0.5 points for SRR in the loss. What is left is *undecided*; an interval without width
 decides nothing: equal values of coarse accuracies are no certainty. A *finding* is a number about which nothing is claimed,
 rates at equal norm among them; what goes beyond the paper is expected by us. Of several numbers that must all be so, the
-worst decides, with the largest p, or that of a contradiction times how many there are. Intervals and p-values are those of
-the t test over seeds; a slope over models has least squares' interval, rank correlations have bootstrap intervals over
-settings, and tau and tau within types p-values of permutations (crate/statistics.py). p is two-sided and adjusted within each
-section (Holm), what goes beyond the paper apart from its claims; where that leaves it at 0.05 or more, the verdict is called
-*unadjusted*. A number without p rests on its interval alone, which is not adjusted.
+worst is shown; p is their largest, or, of a contradiction, their smallest times how many there are. Intervals and p-values are
+those of the t test over seeds; a slope over models has least squares' interval, rank correlations have bootstrap intervals
+over settings, and tau and tau within types p-values of permutations (crate/statistics.py). p is two-sided and adjusted within
+each section (Holm), what goes beyond the paper apart from its claims; where that leaves it at 0.05 or more, the verdict is
+called *unadjusted*. A number without p rests on its interval alone, which is not adjusted.
 """
 NORMS = {"after": "R^c", "after_equal_norm": "R^c at equal norm"}  # what the paper measures, and what it doesn't
 
@@ -65,13 +65,14 @@ def over_seeds(section, text, side, values, *, margin=None, note=""):
 def worst(rows, side):
     """What decides a claim about several numbers: the row with the worst verdict, of such that with the worst number.
 
-    Its p: all numbers must hold, so the largest; where one contradicts, times their number: one of many soon does so by chance.
+    Its p is about all: the largest where they hold; where some contradict, their smallest times the number of all, since one
+    of many soon does so by chance.
     """
     verdicts = ("contradicted", "undecided", "holds", "finding")
     row = min(rows, key=lambda row: (verdicts.index(row["verdict"]), side * row["number"]))
+    p_values = np.array([other["p_value"] for other in rows if other["verdict"] == row["verdict"]])
     contradicted = row["verdict"] == "contradicted"
-    p_value = np.minimum(1, row["p_value"] * len(rows)) if contradicted else np.fmax.reduce([row["p_value"] for row in rows])
-    return row | {"p_value": p_value}
+    return row | {"p_value": np.minimum(1, p_values.min() * len(rows)) if contradicted else p_values.max()}
 
 
 def attention_claims(rates):
@@ -158,7 +159,7 @@ P_VALUES = {"tau": "p_value", "tau_within": "p_within"}
 OF_EACH_WIDTH = [
     ("SRR correlates with the gap, {}: tau", +1, "tau", ["srr"]),
     ("SRR ranks between implementations, {}: tau", +1, "tau_between", ["srr"]),
-    ("SRR ranks within an implementation, {}: tau", +1, "tau_within", ["srr"]),
+    ("Beyond the paper, SRR ranks within an implementation, {}: tau", +1, "tau_within", ["srr"]),
     ("Beyond the paper, SRR ranks given type, width and learning rate, {}: rho", +1, "rho_given_model_width_lr", ["srr"]),
     ("SRR has the highest tau, {}: its lead over the closest rival", +1, "lead", ["srr"]),
 ]

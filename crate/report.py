@@ -400,7 +400,7 @@ def write_report(results):
     (results / "claims.csv").unlink(missing_ok=True)
     claimed = pd.DataFrame([row for found, _ in sections for row in found if row["n"]])
     if len(claimed):
-        ours = claimed["claim"].str.contains("beyond the paper", case=False)  # our questions don't make the paper's tests stricter
+        ours = claimed["claim"].str.contains("beyond the paper", case=False)  # they don't make tests of the paper stricter
         claimed["p_holm"] = claimed.groupby(["section", ours])["p_value"].transform(holm)
         claimed.loc[claimed["verdict"].isin(["holds", "contradicted"]) & (claimed["p_holm"] >= 0.05), "verdict"] += (
             " (unadjusted)"

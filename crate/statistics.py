@@ -243,8 +243,8 @@ def permutation_p_values(mu, g, models, resamples, rng):
     """Two-sided p-values (m,) of tau over the pairs inside strata; mu (m, n), NaN where missing, g (n,), ranks.
 
     Whole settings are permuted inside strata, all their seeds alike: the seeds of a setting are no independent evidence.
-    A setting that lacks a seed takes turns with those that lack the same ones. The given order is one of the permutations, so
-    that p is never 0.
+    A setting that lacks a seed takes turns with those that lack the same ones, and seeds are pooled. The given order is one of
+    the permutations, so that p is never 0.
     """
     kept = np.flatnonzero(np.isfinite(mu).any(axis=0))
     kept = kept[np.lexsort((models.replicate[kept], models.setting[kept]))]  # setting by setting
