@@ -6,7 +6,7 @@ alone is done: a report rebuilt from its tables. What the report wrote before go
 
     grid      Section 5's models (Table 4)             table2, table2-..   SRR in the loss, one data set each (Figs. 2, 3)
     table3    other output matrices                    table6              the SRR of other layers
-    layers    twelve layers at initialisation          intervention        eta and the seed alone differ
+    layers    twelve layers at initialisation          intervention        eta, --srr-layer, seed alone differ
     study     random settings
 """
 
@@ -272,25 +272,25 @@ def complexity_section(results, runs):
 def intervention(results, runs):
     """The runs in which eta moves SRR, beside the models that nobody pushed: (claims, Markdown)."""
     moved = runs_of(runs, ["intervention"], ["model", "seed", "srr_reg", "srr_layer"]).dropna(subset=["srr", "gap"])
-    moved, found, parts = moved[~moved["reached_target"].eq(False)], [], []
+    moved, observed, found, parts = moved[~moved["reached_target"].eq(False)], [], [], []
     if moved.empty:
         return found, parts
     for name, what in ("measures", "grid"), ("study_measures", "random settings"):
         models = read_table(results / f"{name}.csv").reindex(columns=["model", "width", "reached_target", "srr", "gap"])
         models = models.query("model in @claims.MAIN and reached_target != False").dropna(subset=["width", "srr", "gap"])
         models = models[models["width"] == models["width"].min()]
-        found += claims.observed_slopes(models, f"{what}, d = {models['width'].min()}")
-    best_known = min(found, key=lambda row: row["high"] - row["low"], default={"number": None})
+        observed += claims.observed_slopes(models, f"{what}, d = {models['width'].min()}")
+    best_known = min(observed, key=lambda row: row["high"] - row["low"], default={"number": None})
     for which, own in claims.by_lever(moved).items():
         by_model = claims.slopes(own).dropna().groupby("model")
         slopes = {model: with_interval(*claims.mean_interval(values), ".2g") for model, values in by_model}
         name = f"figures/intervention{which.replace(', ', '_').replace(' ', '_')}.png"
         figures.intervention(own, slopes, best_known["number"], results / name)
         caption = f"The gap against SRR where eta alone differs{which}, a line per seed; slope: mean over seeds, 95 % interval"
-        caption += f"; dashed: the slope among models of one type ({best_known['note']})" if best_known["number"] else ""
+        caption += f"; dashed: the slope among models of one type ({best_known['note']})" if observed else ""
         parts.append(image(results, name, caption))
         found += claims.intervention_claims(own, which)
-    return found, parts
+    return observed + found, parts
 
 
 def runs_of(runs, experiments, columns):
