@@ -13,9 +13,8 @@ import torch
 from tqdm import tqdm
 
 from crate import figures
-from crate.cli import InputError, Parser, number, path, run
+from crate.cli import InputError, Parser, number, path, run, write_text
 from crate.compression import RULES, compress
-from crate.files import write_text
 from crate.rates import log_approximations
 from crate.report import attention_table
 

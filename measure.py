@@ -7,8 +7,7 @@
 
 A run's measures are kept in its folder, in measures.json, and made again where its checkpoint or --images changed. The table is
 put together from these files and replaces what lay at --out; measures stand right of the gaps, all else left of them. Beside
-it: measures_layers.csv, SRR's parts per layer, and measures_val_losses.npz, the loss of each validation image. The same
-command, started again here or on another machine that shares the file system, helps.
+it: measures_layers.csv, SRR's parts per layer, and measures_val_losses.npz, the loss of each validation image.
 """
 
 import hashlib
@@ -16,7 +15,6 @@ import io
 import os
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,12 +23,11 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from crate.cli import COPY, InputError, Parser, copies, number, one_line, path, run
+from crate.cli import InputError, Parser, in_processes, number, one_line, path, read_json, run, write_bytes, write_json
 from crate.data import DATASETS, data_of, load_data
-from crate.files import load_checkpoint, read_json, write_bytes, write_json
 from crate.measures import GROUPS, doubtful, measure
 from crate.released import MEAN, STD, from_released_crate, sizes
-from crate.runs import Busy, find_runs, load_run, locked, read_run, resolve_device
+from crate.runs import find_runs, load_checkpoint, load_run, read_run, resolve_device
 from crate.training import evaluate_both
 
 # The columns left of the measures.
@@ -59,110 +56,91 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def find_models(arguments):
-    """Finished run folders, checkpoint files, and {path: name} of both, below their common parent. Raises InputError."""
-    files = list(dict.fromkeys(one.resolve() for one in arguments.runs if one.is_file()))
-    folders = find_runs([one for one in arguments.runs if not one.is_file()])
-    parent = os.path.commonpath([one.parent for one in folders + files])
-    names = {one: str(one.relative_to(parent)) for one in folders + files}
-    # A run of no epoch is finished, but has no checkpoint.
-    finished = [folder for folder in folders if (folder / "result.json").exists() and list(folder.glob("*.pt"))]
-    others = [names[folder] for folder in folders if folder not in finished]
-    if others:
-        print(f"{len(others)} runs that are unfinished or of no epoch are left out: {', '.join(others)}")
-    if not finished + files:
-        raise InputError("no finished run: train.py ends a run with result.json")
-    if files and None in (arguments.heads, arguments.dataset):
-        raise InputError(f"{files[0]}: a released CRATE checkpoint needs --heads and --dataset")
-    return finished, files, names
-
-
-def checksum(file):
-    """The first 16 digits of the SHA-256 of a file; None where it isn't there."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.exists() else None
-
-
-def measured(folder, groups, images):
-    """What measures.json holds, or None where it lacks a group, is damaged, or is of another checkpoint or --images."""
-    with suppress(InputError, KeyError):
+def measured(folder, images):
+    """What measures.json holds; without any measure where it is missing, damaged or of another checkpoint or --images."""
+    key = {"checksum": hashlib.sha256((folder / "last.pt").read_bytes()).hexdigest()[:16], "images": images}
+    try:
         saved = read_json(folder / "measures.json")
-        current = (saved["checksum"], saved["images"]) == (checksum(folder / "last.pt"), images)
-        if current and set(groups) <= set(saved["groups"]):
-            return saved
-    return None
+    except (InputError, FileNotFoundError):
+        saved = {}
+    fresh = {"groups": [], "measures": {}, "details": {}, "layers": [], "failed": {}}
+    return saved if key.items() <= saved.items() else key | fresh
 
 
-def measure_run(folder, groups, images, device, data_dir):
-    """Measure a run and write measures.json, unless it is there. Returns what is said of it, or None.
-
-    Raises Busy where another process has the folder; InputError, OSError or ValueError where a file is missing or malformed.
-    """
-    with locked(folder):
-        saved = measured(folder, (), images) or {"groups": [], "measures": {}, "details": {}, "layers": [], "failed": {}}
-        missing = [group for group in groups if group not in saved["groups"]]
-        if not missing:  # another process was faster
-            return None
-        began, (config, _, model, initial) = time.perf_counter(), load_run(folder, device)
-        new = measure(model, initial, data_of(config, data_dir, device), missing, images)
-        merged = {"checksum": checksum(folder / "last.pt"), "images": images, "groups": saved["groups"] + missing}
-        merged |= {key: saved[key] | new[key] for key in ("measures", "details", "failed")}
-        write_json(folder / "measures.json", merged | {"layers": new["layers"] or saved["layers"]})
-        return describe(new, began)
+def measure_run(folder, name, arguments, device):
+    """Measure what measures.json lacks, and write it."""
+    saved, began = measured(folder, arguments.images), time.perf_counter()
+    missing = [group for group in arguments.groups if group not in saved["groups"]]
+    config, _, model, initial = load_run(folder, device)
+    new = measure(model, initial, data_of(config, arguments.data_dir, device), missing, arguments.images)
+    merged = {key: saved[key] | new[key] for key in ("measures", "details", "failed")}
+    merged |= {"groups": saved["groups"] + missing, "layers": new["layers"] or saved["layers"]}
+    write_json(folder / "measures.json", saved | merged)
+    describe(name, new, began)
 
 
-def describe(new, began):
-    """What is said of a model that has been measured: seconds, and what is doubtful."""
-    text, flags = f"{time.perf_counter() - began:.1f} s", doubtful(new["measures"], new["details"])
-    if flags:
-        text += f", doubtful: {' '.join(flags)}"
-    return text + "".join(f"; {group} can't be computed: {why}" for group, why in new["failed"].items())
+def describe(name, new, began):
+    """Say that a model has been measured: seconds, what is doubtful, what can't be computed."""
+    flags = " ".join(["", *doubtful(new["measures"], new["details"])])
+    failed = "".join(f"; {group} can't be computed: {why}" for group, why in new["failed"].items())
+    tqdm.write(f"{name}: {time.perf_counter() - began:.1f} s{', doubtful:' + flags if flags else ''}{failed}")
 
 
-def measure_released(file, arguments, images, device):
+def measure_all(job, jobs, todo, arguments, device, gpus):
+    """Measure every `jobs`-th of the runs `todo`, (folder, name); job k on GPU k. Returns the exit code."""
+    code, device = 0, resolve_device(f"cuda:{job % gpus}") if gpus else device
+    for folder, name in tqdm(todo[job::jobs], desc="models", unit="model", leave=False, disable=job > 0 or len(todo) < 2):
+        try:
+            measure_run(folder, name, arguments, device)
+        except (ValueError, KeyError, RuntimeError, OSError) as error:
+            code = 2
+            tqdm.write(f"measure.py: error: {one_line(error, folder)}", file=sys.stderr)
+    return code
+
+
+def measure_released(file, arguments, device):
     """The config, result, measures and validation losses of a released CRATE checkpoint.
 
     Raises InputError where it isn't one, or doesn't fit the data set.
     """
-    content = load_checkpoint(file)
+    if None in (arguments.heads, arguments.dataset):
+        raise InputError(f"{file}: a released CRATE checkpoint needs --heads and --dataset")
     try:
-        model = from_released_crate(content, arguments.heads).to(device).eval()
+        model = from_released_crate(load_checkpoint(file), arguments.heads).to(device).eval()
     except ValueError as error:
-        raise InputError(f"{file}: {error} (with --heads {arguments.heads})")
+        raise InputError(f"{one_line(error, file)} (with --heads {arguments.heads})")
     size, channels, classes = sizes(model)
     data = load_data(arguments.dataset, arguments.data_dir or Path("data"), image_size=size, device=device)
     if channels == 3:
         mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
         data = replace(data, mean=mean, std=std)
-    result, losses = {}, None
-    if (channels, classes) == (data.train_images.shape[1], data.classes):
+    result, losses, ours = {}, None, (data.train_images.shape[1], data.classes)
+    if (channels, classes) == ours:
         result, losses = evaluate_both(model, data)
     else:
-        possible = ["norms", "srr"] if channels == data.train_images.shape[1] else ["norms"]
+        possible = ["norms", "srr"] if channels == ours[0] else ["norms"]
         if not set(arguments.groups) <= set(possible):
-            theirs = f"{channels} channels and {classes} classes"
-            ours = f"{arguments.dataset} {data.train_images.shape[1]} and {data.classes}"
-            raise InputError(f"{file}: has {theirs}, {ours}; choose another --dataset, or --groups {' '.join(possible)}")
+            theirs = f"has {channels} channels and {classes} classes, {arguments.dataset} {ours[0]} and {ours[1]}"
+            raise InputError(f"{file}: {theirs}; choose another --dataset, or --groups {' '.join(possible)}")
         data = replace(data, train_labels=None)
     config = {"model": "crate", "dataset": arguments.dataset, "heads": model.heads}
     config |= {"width": model.pos_embedding.shape[-1], "depth": len(model.layers)}
-    return config, result, measure(model, None, data, arguments.groups, images), losses
-
-
-def entry(name, config, result, new, losses):
-    """What a model adds to the tables: its row, its layers' rows, the losses (n,) of its validation images, or None."""
-    values = config | result | new["details"] | {"run": name, "flags": " ".join(doubtful(new["measures"], new["details"]))}
-    row = {column: values.get(column) for column in COLUMNS} | new["measures"] | {"baseline_steps": result.get("steps")}
-    return row, [{"run": name, **layer} for layer in new["layers"]], losses
+    return config, result, measure(model, None, data, arguments.groups, arguments.images), losses
 
 
 def write_tables(out, entries):
-    """Replace the three files by what these entries hold; a file for which they hold nothing is removed."""
-    rows, layers, losses = zip(*sorted(entries, key=lambda entry: entry[0]["run"]))
-    archive = io.BytesIO()
+    """Replace the three files by what these models' (name, config, result, measures, losses) hold; an empty one is removed."""
+    rows, layers, archive = [], [], io.BytesIO()
+    for name, config, result, new, _ in entries:
+        values = config | result | new["details"] | {"run": name, "flags": " ".join(doubtful(new["measures"], new["details"]))}
+        rows.append({column: values.get(column) for column in COLUMNS} | new["measures"])
+        rows[-1]["baseline_steps"] = result.get("steps")
+        layers += [{"run": name, **layer} for layer in new["layers"]]
+    names, *_, losses = zip(*entries)
     if len({np.shape(of_model) for of_model in losses}) == 1 and losses[0] is not None:
-        np.savez_compressed(archive, run=np.array([row["run"] for row in rows]), losses=np.stack(losses))
-    tables = {"_layers.csv": csv_of(sum(layers, [])), "_val_losses.npz": archive.getvalue(), out.suffix: csv_of(rows)}
-    for ending, content in tables.items():
+        np.savez_compressed(archive, run=np.array(names), losses=np.stack(losses))
+    tables = [pd.DataFrame(table, dtype=object).to_csv(index=False).encode() if table else b"" for table in (rows, layers)]
+    for ending, content in zip((out.suffix, "_layers.csv", "_val_losses.npz"), (*tables, archive.getvalue())):
         file = out.with_name(out.stem + ending)
         if content:
             write_bytes(file, content)
@@ -170,69 +148,50 @@ def write_tables(out, entries):
             file.unlink(missing_ok=True)
 
 
-def csv_of(rows):
-    return pd.DataFrame(rows, dtype=object).to_csv(index=False).encode() if rows else b""
-
-
-def measure_all(folders, names, measure_one):
-    """Measure the runs that nobody else works on: {folder: error} of those where it failed."""
-    failures = {}
-    for folder in tqdm(folders, desc="models", unit="model", leave=False, disable=COPY or len(folders) < 2):
-        try:
-            if text := measure_one(folder):
-                tqdm.write(f"{names[folder]}: {text}")
-        except Busy:
-            continue
-        except (ValueError, KeyError, RuntimeError, OSError) as error:
-            failures[folder] = error
-    return failures
-
-
-def collect(finished, files, names, arguments, images, device):
-    """What stands in the runs' folders, and measures of the checkpoint files: entries, and {path: error} where it failed."""
-    entries, failures = [], {}
-    for one in finished + files:
-        try:
-            if one in finished:
-                new, losses = measured(one, arguments.groups, images), one / "val_losses.npy"
-                if new:
-                    losses = np.load(losses) if losses.exists() else None
-                    entries.append(entry(names[one], *read_run(one), new, losses))
-            else:
-                began, (config, result, new, losses) = time.perf_counter(), measure_released(one, arguments, images, device)
-                tqdm.write(f"{names[one]}: {describe(new, began)}")
-                entries.append(entry(names[one], config, result, new, losses))
-        except (ValueError, EOFError, RuntimeError, OSError) as error:
-            failures[one] = error
-    return entries, failures
-
-
 def main():
     arguments = parse_arguments()
-    finished, files, names = find_models(arguments)
+    files = [one.resolve() for one in arguments.runs if one.is_file()]
+    folders = find_runs([one for one in arguments.runs if not one.is_file()])
+    parent = os.path.commonpath([one.parent for one in folders + files])
+    names = {one: str(one.relative_to(parent)) for one in folders + files}
+    # A run of no epoch is finished, but has no checkpoint.
+    finished = [one for one in folders if (one / "result.json").exists() and (one / "last.pt").exists()]
+    if others := [names[one] for one in folders if one not in finished]:
+        print(f"{len(others)} runs that are unfinished or of no epoch are left out: {', '.join(others)}")
+    if not finished + files:
+        raise InputError("no finished run: train.py ends a run with result.json")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.out.is_dir():
         raise InputError(f"--out {arguments.out}: is a folder; name a file")
     device = resolve_device(arguments.device)
-    images = arguments.images or (10_000 if device.type == "cuda" else 250)
-    groups = [group for group in GROUPS if group in arguments.groups]
-    todo = [folder for folder in finished if not measured(folder, groups, images)]
+    arguments.images = arguments.images or (10_000 if device.type == "cuda" else 250)
+    arguments.groups = [group for group in GROUPS if group in arguments.groups]
+
+    def complete(folder):
+        return set(arguments.groups) <= set(measured(folder, arguments.images)["groups"])
+
+    todo = [(folder, names[folder]) for folder in finished if not complete(folder)]
     counts = f"{len(finished + files)} models, {len(finished + files) - len(todo)} measured already"
-    if not COPY:
-        print(f"{counts}; on {device}, searches on {images} images", flush=True)
-    jobs, gpus = min(arguments.jobs, len(todo) or 1), torch.cuda.device_count() if device == torch.device("cuda") else 0
-    with copies(jobs, gpus) as codes:
-        failures = measure_all(todo, names, lambda folder: measure_run(folder, groups, images, device, arguments.data_dir))
-    if not COPY:
-        entries, more = collect(finished, files, names, arguments, images, device)
-        failures |= more
-        if entries:
-            write_tables(arguments.out, entries)
-        elsewhere = len(finished + files) - len(entries) - len(failures)
-        print(f"{arguments.out}: {len(entries)} models" + (f", {elsewhere} left to other processes" if elsewhere else ""))
-    for where, error in failures.items():
-        print(f"measure.py: error: {one_line(error, where)}", file=sys.stderr)
-    return max([2 if failures else 0, *codes])
+    print(f"{counts}; on {device}, searches on {arguments.images} images", flush=True)
+    gpus = torch.cuda.device_count() if device == torch.device("cuda") else 0
+    jobs = min(arguments.jobs, len(todo) or 1)
+    code, entries = in_processes(jobs, measure_all, jobs, todo, arguments, device, gpus), []
+    for one in sorted(finished + files, key=names.get):
+        try:
+            if one in files:
+                began, entry = time.perf_counter(), measure_released(one, arguments, device)
+                describe(names[one], entry[2], began)
+                entries.append((names[one], *entry))
+            elif complete(one):
+                losses = np.load(one / "val_losses.npy") if (one / "val_losses.npy").exists() else None
+                entries.append((names[one], *read_run(one), measured(one, arguments.images), losses))
+        except (ValueError, RuntimeError, OSError) as error:
+            code = 2
+            print(f"measure.py: error: {one_line(error, one)}", file=sys.stderr)
+    if entries:
+        write_tables(arguments.out, entries)
+    print(f"{arguments.out}: {len(entries)} models")
+    return code
 
 
 if __name__ == "__main__":

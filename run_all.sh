@@ -74,16 +74,14 @@ for stage in $stages; do
       ;;
     measure) go measure.py "$runs/grid" --out "$results/measures.csv" --jobs "$JOBS" ;;
     correlate)
-      go correlate.py "$results/measures.csv" --hyperparameters model batch_size lr dropout --by width --gap gap \
-        --controls baseline_steps params --controls model width lr --val-losses "$results/measures_val_losses.npz" \
+      go correlate.py "$results/measures.csv" --hyperparameters model batch_size lr dropout --by width \
         --out "$results/correlation" ;;
     report) go -m crate.report "$runs" ;;
     study) # goes further than the paper; then `report` shows it too
       train study --model $models --draw 40 $study $until_low --seed own
       train study --model crate-fix crate-identity crate-e vit --draw 10 $study $until_low --seed own
       go measure.py "$runs/study" --out "$results/study_measures.csv" --jobs "$JOBS"
-      go correlate.py "$results/study_measures.csv" --hyperparameters model batch_size lr dropout weight_decay --gap gap \
-        --controls baseline_steps params --controls model width lr --val-losses "$results/study_measures_val_losses.npz" \
+      go correlate.py "$results/study_measures.csv" --hyperparameters model batch_size lr dropout weight_decay \
         --out "$results/study_correlation"
       train intervention --model $models $until_low --log-srr-every 1000 --epochs 200 --srr-reg $etas --srr-layer last all \
         --seed $(seq -s " " 0 9)

@@ -15,35 +15,17 @@ system, helps.
 import os
 import sys
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from crate.cli import COPY, InputError, Parser, copies, number, one_line, path, run
+from crate.cli import InputError, Parser, in_processes, number, one_line, path, read_json, run, write_json
 from crate.data import DATASETS
-from crate.files import read_json, write_json
 from crate.model import VARIANTS
-from crate.runs import (
-    AXES,
-    DEFAULTS,
-    PRESETS,
-    Busy,
-    check_same_run,
-    find_runs,
-    locked,
-    resolve,
-    resolve_amp,
-    resolve_device,
-    status,
-)
+from crate.runs import AXES, DEFAULTS, PRESETS, Busy, check_same_run, find_runs, resolve, resolve_device, status
 from crate.training import ranks, train
-
-
-def seed(text):
-    return text if text == "own" else number(int, 0)(text)
 
 
 def parse_arguments():
@@ -53,6 +35,9 @@ def parse_arguments():
     parser.epilog = "\n".join(["models:", *models, "", "presets, which change these defaults:", *rows])
     count, positive, not_negative, above_0 = number(int, 0), number(int, 1, 10**18), number(float, 0), number(float, above=0)
     share = number(float, 0, below=1)
+
+    def seed(text):
+        return text if text == "own" else count(text)
 
     def add(flag, help="", **options):
         key = flag.removeprefix("--").replace("-", "_")
@@ -101,7 +86,6 @@ def parse_arguments():
     add("--save-every", saving, type=not_negative, default=10.0, metavar="SECONDS")
     add("--device", "cpu, cuda, cuda:1 ... (default: cuda where present)", default="auto")
     add("--amp", "auto: bf16 on CUDA, off on CPU (default: auto)", choices=("auto", "off", "bf16", "fp16"), default="auto")
-    add("--compile", "torch.compile each layer", action="store_true")
     add("--no-graph", "on CUDA, launch each kernel of a step, not one CUDA graph", action="store_false", dest="graph")
     add("--out", "folder of the run folders (default: runs/PRESET/single)", type=path)
     add("--jobs", "processes that share the work (default: 1)", type=positive, default=1)
@@ -120,58 +104,56 @@ def print_status(folder):
 
 def describe(name, config, result):
     """The line that a finished run ends with."""
-    line = "{epochs} epochs, train loss {train_loss:.4f}, val loss {val_loss:.4f}, val accuracy {val_accuracy:.2%}, "
-    line = f"{name}: " + (line + "{seconds:.0f} s").format(**result)
+    line = "{epochs} epochs, train loss {train_loss:.4f}, val loss {val_loss:.4f}, val accuracy {val_accuracy:.2%}"
+    line = f"{name}: {line}, {{seconds:.0f}} s".format(**result)
     if result["train_srr"]:
-        first, last = result["train_srr"][0], result["train_srr"][-1]
+        first, last = result["train_srr"]
         line += f"; SRR in the loss (layer {config['srr_layer']}): {first:.1f} in the first epoch, {last:.1f} in the last"
     return line
 
 
-def train_all(configs, out, rank, show_progress):
-    """Train the runs that nobody else works on, the largest first. Returns how many failed."""
-    failures = 0
+def train_all(job, configs, out, show_progress, gpus):
+    """Train the runs that nobody else works on, the largest first; job k on GPU k. Returns the exit code."""
+    code, rank = 0, ranks()[0]
+    device = resolve_device(f"cuda:{job % gpus}") if gpus else None
     names = sorted(configs, key=lambda name: -configs[name]["parameters"] / configs[name]["batch_size"])
-    with tqdm(total=len(names), desc="runs", unit="run", disable=COPY or len(names) == 1 or rank > 0) as bar:
-        for name in names:
-            finished = (out / name / "result.json").exists()
-            try:
-                result = train(configs[name], out / name, show_progress and rank == 0)
-                if rank == 0 and (not finished or len(names) == 1):
-                    tqdm.write(describe(name, configs[name], result))
-            except Busy as error:
-                if dist.is_initialized():
-                    raise  # the other ranks would wait for this one
-                if len(names) == 1:
-                    tqdm.write(f"{error}; left to it")
-            except (ValueError, RuntimeError, OSError) as error:
-                if dist.is_initialized():
-                    raise InputError(one_line(error, out / name))
-                failures += 1
+    for name in tqdm(names, desc="runs", unit="run", disable=job > 0 or rank > 0 or len(names) == 1):
+        finished = (out / name / "result.json").exists()
+        config = configs[name] | ({"device": str(device)} if gpus else {})
+        try:
+            result = train(config, out / name, show_progress and rank == 0)
+            if rank == 0 and (not finished or len(names) == 1):
+                tqdm.write(describe(name, config, result))
+        except (ValueError, RuntimeError, OSError) as error:
+            if dist.is_initialized():  # the other ranks would wait for this one
+                raise InputError(one_line(error, out / name))
+            if not isinstance(error, Busy):
+                code = 2
                 tqdm.write(f"train.py: error: {one_line(error, out / name)}", file=sys.stderr)
-            bar.update()
-    return failures
+            elif len(names) == 1:
+                tqdm.write(f"{error}; left to it")
+    return code
 
 
 def main():
     arguments = vars(parse_arguments())
     if arguments["status"]:
         return print_status(arguments["status"])
+    jobs, device = arguments["jobs"], arguments["device"]
     if dist.is_torchelastic_launched():
-        if arguments["jobs"] > 1:
+        if jobs > 1:
             raise InputError("--jobs: torchrun runs one model at a time on all its processes; leave --jobs out")
-        if arguments["device"] == "auto" and torch.cuda.is_available():
-            arguments["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+        if device == "auto" and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    rank, world = ranks()
-    jobs, all_gpus = arguments["jobs"], arguments["device"] in ("auto", "cuda")
-    preset, device = arguments["preset"], resolve_device(arguments["device"])
+    device, preset, amp, (rank, world) = resolve_device(device), arguments["preset"], arguments["amp"], ranks()
     if preset == "auto":
         preset = "paper" if torch.cuda.is_available() else "laptop"
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
     flags = {key: value for key, value in arguments.items() if key in DEFAULTS and value is not None}
-    others = {key: arguments[key] for key in ("data_dir", "draw", "compile", "graph", "save_every")}
-    others |= {"amp": resolve_amp(arguments["amp"], device), "processes": world}
-    configs = resolve(flags, preset=preset, device=device, **others)
+    others = {key: arguments[key] for key in ("data_dir", "draw", "graph", "save_every")}
+    configs = resolve(flags, preset=preset, device=device, amp=amp, processes=world, **others)
     out = arguments["out"] or Path("runs") / preset / "single"
     for name, config in configs.items():
         file = out / name / "config.json"
@@ -179,17 +161,16 @@ def main():
             check_same_run(read_json(file), config, file)
         elif rank == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(Busy), locked(file.parent):
-                write_json(file, config)
-    if rank == 0 and not COPY:
-        first, done = next(iter(configs.values())), sum((out / name / "result.json").exists() for name in configs)
+            write_json(file, config)
+    if rank == 0:
+        dataset, done = next(iter(configs.values()))["dataset"], sum((out / name / "result.json").exists() for name in configs)
         runs = f"{len(configs)} runs" if len(configs) > 1 else "1 run"
-        print(f"preset {preset}: {first['dataset']}, on {device}; {runs} in {out}, {done} finished", flush=True)
-    with copies(jobs, torch.cuda.device_count() if all_gpus else 0) as codes:
-        failures = train_all(configs, out, rank, show_progress=jobs == 1 and sys.stderr.isatty())
+        print(f"preset {preset}: {dataset}, on {device}; {runs} in {out}, {done} finished", flush=True)
+    gpus = torch.cuda.device_count() if device == torch.device("cuda") else 0
+    code = in_processes(jobs, train_all, configs, out, jobs == 1 and sys.stderr.isatty(), gpus)
     if dist.is_initialized():
         dist.destroy_process_group()
-    return max([2 if failures else 0, *codes])
+    return code
 
 
 if __name__ == "__main__":

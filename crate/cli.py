@@ -1,15 +1,14 @@
-"""What the scripts share: errors in one line with exit code 2, checked numbers, several processes at once."""
+"""What the scripts share: errors in one line with exit code 2, checked numbers, several processes, files written whole."""
 
 import argparse
+import json
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-
-COPY = "CRATE_COPY" in os.environ  # this process was started by `copies`: another one plans, and writes what is common
 
 
 class InputError(ValueError):
@@ -30,14 +29,8 @@ def one_line(error, path=""):
     """An exception or a message in one line that names `path`; a failed file operation names its file."""
     if isinstance(error, OSError) and error.filename is not None:
         error = f"{error.filename}: {error.strerror}"
-    line = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
-    if str(path) in line:
-        return line
-    return f"{path}: {line}"
-
-
-def _terminated(number, frame):
-    raise KeyboardInterrupt(number)
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if str(path) in line else f"{path}: {line}"
 
 
 def run(main):
@@ -46,15 +39,19 @@ def run(main):
     InputError, failed file operations and lack of memory become one line on stderr and code 2, SIGINT and SIGTERM a line and
     code 130 or 143.
     """
-    # SIGINT too: a shell script starts what it puts into the background with SIGINT ignored.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, _terminated)
+
+    def stop(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would come in the middle of the clean-up
+        raise KeyboardInterrupt(number)
+
+    for name in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell script's background jobs start with it ignored
+        signal.signal(name, stop)
     code, message = 0, None
     try:
         code = main()
         sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
-        number = signal.Signals(interrupt.args[0] if interrupt.args else signal.SIGINT)
+        number = signal.Signals(interrupt.args[0])
         code, message = 128 + number, f"stopped by {number.name}; run the same command again to go on"
     except (InputError, OSError, MemoryError) as error:
         code, message = 2, f"error: {one_line(error)}"
@@ -65,18 +62,16 @@ def run(main):
 
 def number(kind, low=-math.inf, high=math.inf, *, above=-math.inf, below=math.inf):
     """An argparse `type`: a finite int or float in [low, high] and in (above, below)."""
-    bounds = {">=": low, ">": above, "<=": high, "<": below}
-    wanted = " and ".join(f"{sign} {bound}" for sign, bound in bounds.items() if math.isfinite(bound)) or "finite"
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}")
+        value = kind(text)
         if not (low <= value <= high and above < value < below and abs(value) < math.inf):
+            bounds = {">=": low, ">": above, "<=": high, "<": below}
+            wanted = " and ".join(f"{sign} {bound}" for sign, bound in bounds.items() if math.isfinite(bound)) or "finite"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {wanted}")
         return value
 
+    parse.__name__ = kind.__name__  # argparse says "invalid float value"
     return parse
 
 
@@ -85,30 +80,58 @@ def path(text):
     return Path(text).expanduser()
 
 
-@contextmanager
-def copies(jobs, gpus):
-    """Start this script's command jobs - 1 more times, and wait for these processes at the end of the block.
+def in_processes(jobs, work, *arguments):
+    """work(job, *arguments) in `jobs` processes, this one being job 0: the largest exit code. The others end with this one.
 
-    The runs' locks divide the work between them. Each process takes its share of the CPU's threads, or as many as
-    OMP_NUM_THREADS says. gpus: how many GPUs to spread them and this process over, 0 for none. Yields a list of their exit
-    codes, which is filled at the end of the block.
+    Each takes its share of the CPU's threads, or as many as OMP_NUM_THREADS says.
     """
     import torch  # takes two seconds, which correlate.py doesn't need
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-    common = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "CRATE_COPY": "1"}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-    processes, codes = [], []
-    for job in range(1, 1 if COPY else jobs):
-        own = {"CUDA_VISIBLE_DEVICES": visible[job % gpus]} if gpus else {}
-        processes.append(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | common | own))
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # the others inherit it
+    context = multiprocessing.get_context("spawn")
+    others = [context.Process(target=run, args=[partial(work, job, *arguments)], daemon=True) for job in range(1, jobs)]
+    for process in others:
+        process.start()
+    code = work(0, *arguments)
+    for process in others:
+        process.join()
+    return max(code, *(abs(process.exitcode) for process in others), 0)
+
+
+def write_bytes(path, content):
+    """Write to a temporary file, flush it to disk, rename it: a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield codes
-        ended = [process.wait() for process in processes]
-        codes += [128 - code if code < 0 else code for code in ended]  # as a shell says that a signal ended it
+        with open(temporary, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # of a full disk, for one, which names no file
+        raise OSError(error.errno, error.strerror, str(path))
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    write_bytes(path, text.encode(errors="surrogateescape"))  # a path may hold other bytes than UTF-8's
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})")
+
+
+def markdown_table(header, rows):
+    """A table in Markdown: `header` and each row are sequences of cells."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)

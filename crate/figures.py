@@ -7,10 +7,15 @@ from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"  # a notebook's backend, inherited, isn't installed everywhere
 
+import matplotlib
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
+
+from crate.claims import mean_interval
+
+matplotlib.rcdefaults()  # whatever a matplotlibrc says
 
 # Okabe and Ito's colours, told apart with any colour vision; one per model type, the same in every figure.
 COLOURS = {
@@ -20,65 +25,71 @@ COLOURS = {
 GREY = "#555555"
 
 
-def canvas(rows=1, columns=1, width=4.2, height=3.2, **settings):
-    """A figure of rows x columns panels of `width` x `height` inches, and its axes."""
+def grid(panels=1, columns=1, width=4.2, height=3.2, **settings):
+    """A figure of panels of `width` x `height` inches, row by row, and their axes."""
+    rows = math.ceil(panels / columns)
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
-    return figure, figure.subplots(rows, columns, **settings)
-
-
-def grid(panels, columns, **settings):
-    """A canvas of that many panels, row by row, and their axes."""
-    figure, axes = canvas(math.ceil(panels / columns), columns, squeeze=False, **settings)
+    axes = figure.subplots(rows, columns, squeeze=False, **settings)
     for axis in axes.flat[panels:]:
         axis.remove()
     return figure, axes.flat[:panels]
 
 
-def in_order(names):
-    """{name: colour} from dark to light."""
-    return {name: colormaps["viridis"](0.9 * i / max(len(names) - 1, 1)) for i, name in enumerate(names)}
+def colours_of(names):
+    """{name: colour}: model types have their own, other names go from dark to light, in the given order."""
+    scale = colormaps["viridis"](np.linspace(0, 0.9, len(names)))
+    return {name: COLOURS.get(name, colour) for name, colour in zip(names, scale)}
+
+
+def plain(name):
+    """A name of a user's, in which $ begins no formula and _ hides no line of a legend."""
+    return ("\u200b" if str(name).startswith("_") else "") + str(name).replace("$", "\\$")
+
+
+def legend_above(figure, axis, title=None):
+    """One legend for all panels, above them; none for more names than colours can tell apart."""
+    handles, names = axis.get_legend_handles_labels()
+    if 1 < len(names) <= 12:
+        place = dict(loc="outside upper center", frameon=False, fontsize=8, title_fontsize=8)
+        figure.legend(handles, names, title=title, ncols=min(len(names), 6), **place)
 
 
 def save(figure, path):
-    """Write the figure as PNG to `path`, whose folder is made if need be; a large one in 256 colours, a third of the size."""
+    """Write the figure as PNG to `path`, whose folder is made if need be, in 256 colours: a third of the size."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     buffer = BytesIO()
-    figure.savefig(buffer, dpi=120)
-    if buffer.tell() < 200_000:
-        Path(path).write_bytes(buffer.getvalue())
-    else:
-        Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)
+    figure.savefig(buffer, format="png", dpi=120)
+    Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)
 
 
 def rates_by_layer(rates, titles, path):
     """R^c before and after every compression step, mean over seeds with the range shaded, up to where a seed overflows
     (Figs. 1a, 5). rates: rows of crate.compression.compress; titles: {rule: title}, a panel each.
     """
-    figure, axes = grid(len(titles), min(len(titles), 3), sharex=True)
-    shown = {"before": ("before the step", GREY, "o-", 5), "after": ("after the step", COLOURS["crate-n"], "s-", 4)}
-    shown["after_equal_norm"] = ("after it, at equal norm", COLOURS["crate-c"], "^--", 3)
+    figure, axes = grid(len(titles), min(len(titles), 3))
+    shown = {"before": ("before the step", GREY, "o-"), "after": ("after the step", COLOURS["crate-n"], "s-")}
+    shown["after_equal_norm"] = ("after it, at equal norm", COLOURS["crate-c"], "^--")
     for axis, (rule, title) in zip(axes, titles.items()):
         own = rates[rates["rule"] == rule]
         overflow = own.loc[own["overflow"].astype(bool), "layer"].min()  # NaN without
         drawn = own[~(own["layer"] >= overflow)]
-        for when, (label, colour, style, size) in shown.items():
+        for when, (label, colour, style) in shown.items():
             values = drawn[when].astype(float).groupby(drawn["layer"]).agg(["min", "max", "mean"]).dropna()
             axis.fill_between(values.index, values["min"], values["max"], color=colour, alpha=0.25, linewidth=0)
-            axis.plot(values["mean"], style, color=colour, markersize=size, label=label)
+            axis.plot(values["mean"], style, color=colour, markersize=4, label=label)
         if math.isfinite(overflow):
             axis.set_yscale("log" if len(drawn) else "linear")
             axis.axvline(overflow, color=GREY, linestyle=":")
-            place = dict(xytext=(4, 0), textcoords="offset points", rotation=90, va="center", fontsize=8)
-            axis.annotate(f"overflow at layer {overflow}", (overflow, 0.5), xycoords=("data", "axes fraction"), **place)
-        axis.set(title=title, xlabel="layer", ylabel="$R^c$ (nats)", xlim=(0.5, rates["layer"].max() + 0.5))
-        axis.tick_params(labelbottom=True)
+            title += f"; overflow at layer {overflow:.0f}"
+        axis.set(xlabel="layer", ylabel="$R^c$ (nats)", xlim=(0.5, rates["layer"].max() + 0.5))
+        axis.set_title(title, fontsize=9)
     axes[0].legend(frameon=False, fontsize=8)
     save(figure, path)
 
 
 def log_curves(curves, path):
     """log x and its expansions at 1 (Fig. 1b). curves: a column x, and one for each curve."""
-    figure, axis = canvas()
+    figure, (axis,) = grid()
     for name, style in zip(curves.columns.drop("x"), ("-", "--", "-.", ":")):
         axis.plot(curves["x"], curves[name], style, label=name)
     axis.axhline(0, color=GREY, linewidth=0.5)
@@ -87,133 +98,142 @@ def log_curves(curves, path):
     save(figure, path)
 
 
-def by_layer(curves, path, *, label, colours=None, columns=2):
-    """Lines over the layers with a shaded interval, in panels (Figs. 2, 3); no file without curves.
-
-    curves: rows {panel, line, layer, mean, low, high}; colours: {line: colour}, else from dark to light.
-    """
-    if curves.empty:
-        return
-    panels, lines = curves["panel"].unique(), curves["line"].unique()
-    colours, columns = colours or in_order(lines), min(columns, len(panels))
+def by_layer(rows, path, *, label=r"SRR measure, $\lambda ||Z||_0 + R^c - R$", columns=2):
+    """SRR over the layers, mean over seeds and its interval (Figs. 2, 3). rows: {panel, line, layer, srr}, one a seed."""
+    panels, colours = rows["panel"].unique(), colours_of(rows["line"].unique())
+    columns = min(columns, len(panels))
     figure, axes = grid(len(panels), columns, width=8 / columns, height=2.5, sharey="row")
-    handles = {}
     for axis, panel in zip(axes, panels):
-        for line, marker in zip(lines, "os^Dv<>ph*" * len(lines)):
-            own, style = curves[(curves["panel"] == panel) & (curves["line"] == line)], {"color": colours[line]}
-            (handles[line],) = axis.plot(own["layer"], own["mean"], marker + "-", markersize=3.5, linewidth=1.2, **style)
-            axis.fill_between(own["layer"], own["low"], own["high"], alpha=0.15, linewidth=0, **style)
+        for (line, colour), marker in zip(colours.items(), "os^Dv<>ph*" * len(colours)):
+            seeds = rows[(rows["panel"] == panel) & (rows["line"] == line)].groupby("layer")["srr"]
+            mean, low, high = np.array([mean_interval(values) for _, values in seeds]).reshape(-1, 3).T
+            axis.plot([*seeds.groups], mean, marker + "-", color=colour, markersize=3.5, linewidth=1.2, label=line)
+            axis.fill_between([*seeds.groups], low, high, color=colour, alpha=0.15, linewidth=0)
         axis.set(title=panel, xlabel="layer")
         axis.xaxis.get_major_locator().set_params(integer=True)
     figure.supylabel(label, fontsize=10)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 6), frameon=False, fontsize=8)
+    legend_above(figure, axes[0])
     save(figure, path)
 
 
 def intervention(runs, slopes, observed_slope, path):
-    """The gap against SRR along eta, a line per seed, and a dashed one of `observed_slope`, if any, through eta = 0.
+    """The gap against SRR along eta, a line per seed, and a dashed one of `observed_slope` through the mean where eta = 0.
 
-    runs: {model, seed, srr_reg, srr, gap}; slopes: {model: text}.
+    runs: {model, seed, srr_reg, srr, gap}; slopes: {model: text}; observed_slope: NaN for none.
     """
     figure, axes = grid(len(slopes), min(len(slopes), 2))
-    colours = in_order(sorted(runs["srr_reg"].unique()))
+    colours = colours_of(sorted(runs["srr_reg"].unique()))
     for axis, (model, slope) in zip(axes, slopes.items()):
         own = runs[runs["model"] == model].sort_values("srr_reg")
         for _, seed in own.groupby("seed"):
             axis.plot(seed["srr"], seed["gap"], color=GREY, linewidth=0.6, alpha=0.6, zorder=1)
         for eta, of_eta in own.groupby("srr_reg"):
             axis.scatter(of_eta["srr"], of_eta["gap"], s=16, color=colours[eta], label=f"{eta:g}")
-        if observed_slope is not None:
-            unmoved = own.loc[own["srr_reg"].abs() == own["srr_reg"].abs().min(), ["srr", "gap"]]
-            axis.axline(unmoved.mean(), slope=observed_slope, color="black", linewidth=1, linestyle="--")
-        axis.set(title=f"{model}: slope {slope}", xlabel="SRR measure of the trained model", ylabel="gap (nats)")
-        axis.title.set_size(9)
-    place = dict(loc="outside upper center", ncols=min(len(colours), 8), frameon=False, fontsize=8, title_fontsize=8)
-    figure.legend(*axes[0].get_legend_handles_labels(), title="eta", **place)
+        if math.isfinite(observed_slope):
+            axis.axline(
+                own.loc[own["srr_reg"] == 0, ["srr", "gap"]].mean(), slope=observed_slope, color="black", linestyle="--"
+            )
+        axis.set(xlabel="SRR measure of the trained model", ylabel="gap (nats)")
+        axis.set_title(f"{model}: slope {slope}", fontsize=9)
+    legend_above(figure, axes[0], title="eta")
     save(figure, path)
 
 
-def short(name):
-    """A column's name, cut to what fits beside a panel. Its `$` is a `$`, not a formula."""
-    return (name if len(name) <= 40 else name[:39] + "…").replace("$", r"\$")
+def scatter(panels, levels, path, *, label, legend=None, columns=6, width=2.3, sharey=True):
+    """y against x, a panel each (Figs. 4, 6); an x over more than two decades on a log axis.
 
-
-def points(axis, x, y, levels, size):
-    """Points in the colours of their levels: model types have their own. x, y and levels are arrays (models,)."""
-    for level, colour in (COLOURS | in_order(sorted(set(levels) - set(COLOURS)))).items():
-        own = levels == level
-        if own.any():
-            axis.scatter(x[own], y[own], s=size, color=colour, alpha=0.8, linewidths=0, label=level)
-
-
-def legend_above(figure, axis, title, columns):
-    """A legend of the axis above the whole figure; none for more levels than colours can tell apart."""
-    handles, labels = axis.get_legend_handles_labels()
-    if not 1 < len(labels) <= 12:
-        return
-    place = dict(loc="outside upper center", ncols=min(len(labels), columns), fontsize=8, title_fontsize=8, frameon=False)
-    legend = figure.legend(handles, map(short, labels), title=short(title), **place)
-    for handle in legend.legend_handles:
-        handle.set_sizes([25])
-
-
-def scatter(panels, gap, levels, path, *, gap_name, legend=None):
-    """The gap against every measure, a small panel each (Figs. 4, 6); a measure over more than two decades on a log axis.
-
-    panels: {measure: (title, values (models,))}; gap (models,); levels: each model's level of the hyperparameter `legend`, or
-    one and the same.
+    panels: {label of x: (title, x (models,), y (models,))}; levels (models,): their colours, levels of the column `legend`.
     """
-    columns = min(6, math.ceil(len(panels) ** 0.5))
-    figure, axes = grid(len(panels), columns, width=2.3, height=2.0, sharey=True)
-    gap, levels = np.asarray(gap, float), np.asarray(levels)
-    for axis, (name, (title, values)) in zip(axes, panels.items()):
-        values = np.where(np.isfinite(values), values, math.nan)
-        if np.nanmin(values) > 0 and np.nanmax(values) > 100 * np.nanmin(values):
+    figure, axes = grid(len(panels), min(columns, len(panels)), width=width, height=0.87 * width, sharey=sharey)
+    for axis, (name, (title, x, y)) in zip(axes, panels.items()):
+        x = x.where(np.isfinite(x))
+        if x.min() > 0 and x.max() > 100 * x.min():
             axis.set_xscale("log")
         else:
             axis.locator_params(axis="x", nbins=4)
-        points(axis, values, gap, levels, max(1.0, min(14.0, 3000 / len(gap))))
+        for level, colour in colours_of(sorted(set(levels))).items():
+            own = levels == level
+            axis.scatter(x[own], y[own], s=4 * width, color=colour, linewidths=0, alpha=0.8, label=plain(level))
         axis.set_title(title, fontsize=9)
-        axis.set_xlabel(short(name), fontsize=8 if len(name) < 24 else 6.5)
+        axis.set_xlabel(plain(name), fontsize=8 if len(name) < 24 * width / 2.3 else 6.5)
         axis.tick_params(labelsize=7)
         axis.xaxis.get_offset_text().set_size(7)
-    figure.supylabel(short(gap_name), fontsize=9)
-    if legend:
-        legend_above(figure, axes[0], legend, 2 * columns)
-    save(figure, path)
-
-
-def srr_scatter(srr, gap, levels, path, *, gap_name, legend=None):
-    """SRR against the gap, as in Fig. 4, and beside it, where `legend` is named, both minus their level's mean."""
-    finite = np.isfinite(srr)
-    srr, gap, levels = (np.asarray(values)[finite] for values in (srr, gap, levels))
-    figure, axes = grid(2 if legend else 1, 2, width=4.2, height=3.6)
-    size = max(3.0, min(24.0, 5000 / len(gap)))
-    points(axes[0], srr, gap, levels, size)
-    axes[0].set(xlabel="SRR", ylabel=short(gap_name))
-    if legend:
-        inside = np.zeros((2, len(gap)))
-        for own in (levels == level for level in set(levels)):
-            inside[:, own] = srr[own] - srr[own].mean(), gap[own] - gap[own].mean()
-        points(axes[1], *inside, levels, size)
-        axes[1].set(xlabel=f"SRR, minus its mean in each {short(legend)}", ylabel=f"{short(gap_name)}, minus its mean")
-        legend_above(figure, axes[0], legend, 6)
+    figure.supylabel(plain(label), fontsize=9)
+    legend_above(figure, axes[0], title=legend and plain(legend))
     save(figure, path)
 
 
 def forest(taus, path, *, label):
     """tau of each measure with its 95 % interval, a line a measure. taus: {series: rows (measure, tau, low, high)}."""
     names = [row[0] for row in next(iter(taus.values()))]
-    figure, axis = canvas(width=6.4, height=1.4 + (0.12 + 0.06 * len(taus)) * len(names))
-    for k, ((name, rows), marker) in enumerate(zip(taus.items(), "osD")):
-        height, colour = np.arange(len(names)) + 0.26 * (k - (len(taus) - 1) / 2), list(COLOURS.values())[k]
+    figure, (axis,) = grid(width=6.4, height=1.4 + (0.12 + 0.06 * len(taus)) * len(names))
+    for k, ((name, rows), marker, colour) in enumerate(zip(taus.items(), "osD", COLOURS.values())):
+        height = np.arange(len(names)) + 0.26 * (k - (len(taus) - 1) / 2)
         _, numbers, lows, highs = zip(*rows)
         axis.hlines(height, lows, highs, color=colour, linewidth=1.5)
-        axis.plot(numbers, height, marker, color=colour, markersize=4, label=name)
+        axis.plot(numbers, height, marker, color=colour, markersize=4, label=plain(name))
     axis.axvline(0, color=GREY, linewidth=0.8)
     axis.set(xlim=(-1.03, 1.03), ylim=(len(names) - 0.4, -0.6))
-    axis.set_xlabel(label, parse_math=False)
-    axis.set_yticks(range(len(names)), [short(name) for name in names], fontsize=8)
+    axis.set_xlabel(plain(label))
+    axis.set_yticks(range(len(names)), map(plain, names), fontsize=8)
     axis.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    legend_above(figure, axis)
+    save(figure, path)
+
+
+def agreement(taus, path, *, label):
+    """tau with its interval for several sets of models, and together in the last line (the results page).
+
+    taus: {title of panel: {set: (tau, low, high), or None where it has too few pairs}}.
+    """
+    lines = [*next(iter(taus.values()))]
+    figure, axes = grid(len(taus), len(taus), width=2.6, height=3.4, sharex=True, sharey=True)
+    for axis, (title, numbers) in zip(axes, taus.items()):
+        for y, name in enumerate(lines):
+            colour = GREY if y == len(lines) - 1 else COLOURS["crate-n" if name.startswith("CIFAR") else "crate-c"]
+            if numbers[name] is None:
+                axis.text(0, y, " too few pairs", va="center", fontsize=8, color=GREY)
+                continue
+            tau, low, high = numbers[name]
+            axis.plot([low, high], [y, y], color=colour, linewidth=2)
+            axis.plot(tau, y, "D" if y == len(lines) - 1 else "o", color=colour)
+        axis.text(tau, y + 0.35, f"{tau:.2f} [{low:.2f}, {high:.2f}]".replace("-", "−"), ha="center", va="top", fontsize=9)
+        axis.axvline(0, color=GREY, linewidth=0.8)
+        axis.axhline(len(lines) - 1.5, color="0.8", linewidth=0.8)
+        axis.set_title(title, fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+        axis.tick_params(axis="y", length=0)
+    axes[0].set(xlim=(-0.75, 0.95), ylim=(len(lines) - 0.2, -0.6))
+    axes[0].set_yticks(range(len(lines)), lines, fontsize=9)
+    figure.supxlabel(label, fontsize=9)
+    save(figure, path)
+
+
+def pushed(changes, slopes, path):
+    """The gap when SRR is pushed through the loss, in % of eta = 0: each type, and their mean (the results page).
+
+    changes: {title: rows {model, srr_reg, seed, srr, gap}}; slopes: {title: % of gap per % of SRR where nobody pushed}.
+    """
+    figure, axes = grid(len(changes), len(changes), width=4.4, height=3.8, sharey=True)
+    for axis, (title, rows) in zip(axes, changes.items()):
+        for model, own in rows.groupby("model"):
+            line = sorted((of_eta["srr"].mean(), *mean_interval(of_eta["gap"])) for _, of_eta in own.groupby("srr_reg"))
+            x, y, low, high = np.array([*line, (0, 0, 0, 0)]).T
+            order = np.argsort(x)
+            axis.plot(x[order], y[order], color=COLOURS[model], linewidth=1.2)
+            axis.errorbar(x, y, [y - low, high - y], fmt="o", color=COLOURS[model], markersize=4, label=model)
+        for _, of_eta in rows.groupby("srr_reg"):
+            mean, low, high = mean_interval(
+                of_eta.pivot(index="seed", columns="model", values="gap").mean(axis=1, skipna=False)
+            )
+            x = of_eta.groupby("model")["srr"].mean().mean()
+            axis.errorbar(x, mean, [[mean - low], [high - mean]], fmt="D", color="black", markersize=6, linewidth=2)
+        for line in axis.axhline, axis.axvline:
+            line(0, color=GREY, linewidth=0.8)
+        axis.axline((0, 0), slope=slopes[title], color=GREY, linestyle="--", linewidth=1)
+        axis.set_title(f"{title}; diamonds: mean of the types;\ndashed: models of one type that nobody pushed", fontsize=9)
+        axis.set_xlabel("change of SRR through the loss (%)")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("change of the gap (%)")
+    legend_above(figure, axes[0])
     save(figure, path)

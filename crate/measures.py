@@ -176,13 +176,14 @@ def path_norm(model, image_shape, effective=True):
     LayerNorm is the identity, positions and CLS are zero, the softmax stays; squares of biases and of a fixed output matrix
     are included. effective=False squares the parameters in an otherwise unchanged forward pass (so ISTA and CRATE-N keep
     their minus signs, and it may be zero or negative). effective=True squares each *effective* matrix: ISTA becomes
-    ReLU((M * M) z) with M = I + beta (D^T - D^T D), without threshold, and every residual adds.
+    ReLU((M * M) z) with M = I + beta (D^T - D^T D), without threshold, and every residual
+    adds, the variant's step size squared.
     """
     squared = without_layernorm(model)
     with evaluating(squared):
         if effective:
             for layer in squared.layers:
-                layer.sign = 1
+                layer.sign = layer.sign**2
                 if layer.ista:
                     step = layer.ista.matrix().square()
                     layer.ista.forward = lambda tokens, step=step: F.relu(F.linear(tokens, step))

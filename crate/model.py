@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from crate.kernels import dropout, full_precision, self_attention
-from crate.rates import merge_heads, split_heads, subspace_gradient
+from crate.kernels import dropout, full_precision, self_attention, subspace_gradient
+from crate.rates import merge_heads, split_heads
 
 
 class Variant(NamedTuple):
-    """A model type: its layer is Y = Z + sign (output matrix) (heads), then Z' = sparsification of Y, LayerNorm before each."""
+    """A model type, Y = Z + sign (output matrix) (attention), then Z' = sparsification of Y, LayerNorm before each."""
 
     sign: float
-    heads: str  # a key of HEADS
+    attention: str  # a key of ATTENTION
     output: str  # "U" or "U^T" (tied), "W" (learned), "random" (fixed) or "I"
     sparsification: str  # "ISTA" or "MLP"
     description: str
@@ -35,43 +35,45 @@ VARIANTS = {
 }
 
 
-# What the heads are: functions of (mssa, tokens (B, N, d), drop) that give (B, K, N, p). An attention weight is dropped with
-# probability `drop`.
+# What attends: functions of (mssa, tokens (B, N, d), drop) that give the K heads' results (B, K, N, p). An attention weight is
+# dropped with probability `drop`.
 
 
-def subspace_heads(mssa, tokens, drop):
+def subspace_attention(mssa, tokens, drop):
     """Eq. 4: V_k softmax(V_k^T V_k) with V_k = U_k^T Z."""
     return self_attention(split_heads(mssa.U(tokens), mssa.heads), mssa.scale, drop)
 
 
-def exact_heads(mssa, tokens, drop):
-    """The heads' part of grad R^c (Eq. 6). There is no softmax, so none of its dropout."""
+def exact_step(mssa, tokens, drop):
+    """What the exact gradient of R^c has in its place (Eq. 6): gamma (I + gamma V_k V_k^T)^{-1} V_k. No softmax, no dropout."""
     return subspace_gradient(split_heads(mssa.U(tokens), mssa.heads))
 
 
-def standard_heads(mssa, tokens, drop):
-    """A standard transformer's attention, whose query matrix is U."""
+def standard_attention(mssa, tokens, drop):
+    """A standard transformer's, whose query matrix is U."""
     query, key, value = (split_heads(matrix(tokens), mssa.heads) for matrix in (mssa.U, mssa.key, mssa.value))
     return F.scaled_dot_product_attention(query, key, value, dropout_p=drop, scale=mssa.scale)
 
 
-HEADS = {"U": subspace_heads, "exact": exact_heads, "QKV": standard_heads}
+ATTENTION = {"U": subspace_attention, "exact": exact_step, "QKV": standard_attention}
 
 
 class MSSA(nn.Module):
-    """Multi-head subspace self-attention (Eq. 4): heads V_k = U_k^T Z attend to themselves, an output matrix merges them.
+    """Multi-head subspace self-attention (Eq. 4): V_k = U_k^T Z attends to itself, an output matrix merges the heads.
 
-    heads_from: a key of HEADS. output: as in Variant. temperature of the softmax: "sqrt-p", as in the released CRATE, or
+    attention: a key of ATTENTION. output: as in Variant. temperature of the softmax: "sqrt-p", as in the released CRATE, or
     "none", as Eq. 4 is written.
     """
 
-    def __init__(self, *, width, heads, output, heads_from="U", dropout=0.0, temperature="sqrt-p"):
+    def __init__(self, *, width, heads, output, attention="U", dropout=0.0, temperature="sqrt-p"):
         super().__init__()
         self.heads, self.output, self.dropout = heads, output, dropout
-        self.attend = HEADS[heads_from]
+        self.attend = ATTENTION[attention]
         self.scale = (width // heads) ** -0.5 if temperature == "sqrt-p" else 1.0
-        self.U = nn.Linear(width, width, bias=False)  # weight = [U_1 .. U_K]^T
-        if heads_from == "QKV":
+        # nn.Linear applies its weight to each token, and the weight is U^T, its rows grouped by head: self.U(tokens) is the
+        # paper's U^T z, and `stacked @ self.U.weight`, the other way round, is U times the stacked heads.
+        self.U = nn.Linear(width, width, bias=False)
+        if attention == "QKV":
             self.key, self.value = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
         self.W = nn.Linear(width, width) if output == "W" else None
         if output == "random":
@@ -92,8 +94,8 @@ class MSSA(nn.Module):
     def forward(self, tokens):
         """(B, N, d) -> (B, N, d)."""
         drop = self.dropout if self.training else 0.0
-        heads = self.attend(self, tokens, drop)  # (B, K, N, p)
-        return dropout(self.merge(merge_heads(heads)), drop)
+        attended = self.attend(self, tokens, drop)  # (B, K, N, p)
+        return dropout(self.merge(merge_heads(attended)), drop)
 
 
 class ISTA(nn.Module):
@@ -127,8 +129,10 @@ class Layer(nn.Module):
         super().__init__()
         self.sign = variant.sign
         self.norm1 = nn.LayerNorm(width)
-        options = {"dropout": dropout, "temperature": temperature}
-        self.mssa = MSSA(width=width, heads=heads, output=variant.output, heads_from=variant.heads, **options)
+        self.mssa = MSSA(
+            width=width, heads=heads, output=variant.output, attention=variant.attention,
+            dropout=dropout, temperature=temperature,
+        )  # fmt: skip
         self.norm2 = nn.LayerNorm(width)
         self.ista = ISTA(width, **ista) if variant.sparsification == "ISTA" else None
         if variant.sparsification == "MLP":
@@ -211,10 +215,3 @@ def build_model(name, *, image_size, patch_size, channels, classes, width, depth
         VARIANTS[name], image_size=image_size, patch_size=patch_size, channels=channels, classes=classes,
         width=width, depth=depth, heads=heads, dropout=dropout, **options,
     )  # fmt: skip
-
-
-def from_released_crate(state_dict, heads):
-    """The model in a released CRATE checkpoint: see crate/released.py."""
-    from crate.released import from_released_crate
-
-    return from_released_crate(state_dict, heads)

@@ -7,6 +7,7 @@ last: without it a run is unfinished.
 
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -16,16 +17,14 @@ import shlex
 import socket
 import subprocess
 import sys
-import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from crate.cli import InputError, one_line
+from crate.cli import InputError, one_line, read_json, write_bytes
 from crate.data import load_data
-from crate.files import load_checkpoint, read_json
 from crate.model import build_model
 
 # What a run is unless a preset or a flag says otherwise: the paper's settings. None is "off" or "the data set's own".
@@ -54,10 +53,7 @@ PRESETS = {
 AXES = "width depth batch_size lr dropout weight_decay model srr_reg srr_layer seed".split()
 # What may differ between a run and its resumption.
 FREE_TO_CHANGE = {"device", "data_dir", "save_every", "graph", "versions", "commit", "command"}
-MODEL_SETTINGS = (
-    "image_size", "patch_size", "channels", "classes", "width", "depth", "heads", "dropout",
-    "temperature", "ista_beta", "ista_lambda",
-)  # fmt: skip
+MODEL_SETTINGS = "image_size patch_size channels classes width depth heads dropout temperature ista_beta ista_lambda".split()
 
 
 def resolve_device(name):
@@ -67,31 +63,11 @@ def resolve_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name}: no such device here; use --device cpu")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
-
-
-def resolve_amp(amp, device):
-    """ "off", "bf16" or "fp16" for --amp; "auto" is bf16 on a GPU that has it, else off."""
-    if amp != "auto":
-        return amp
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
-
-
-def provenance():
-    """Where a result comes from: versions, machine, git commit, command."""
-    processor = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"processor": processor, "cores": os.cpu_count()}
-    try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = git.stdout.strip() or None
-    except OSError:  # no git on this machine
-        commit = None
-    return {"versions": versions, "commit": commit, "command": shlex.join(["python", "train.py", *sys.argv[1:]])}
 
 
 def settings(sweep, draw=None):
@@ -121,15 +97,18 @@ def settings(sweep, draw=None):
 
 
 def resolve(flags, *, preset, device, amp, data_dir, draw=None, **others):
-    """The configs of all runs that the flags ask for, {name: config}, in every detail that config.json shows.
+    """The configs of all runs that the flags ask for, {name: config}, in every detail. Raises InputError where they don't fit.
 
-    flags: {key of DEFAULTS: value or, for AXES, list of values}, what was given; draw: see `settings`; others: stored as they
-    are. Raises InputError where they don't fit each other.
+    flags: {key of DEFAULTS: value or, for AXES, list of values}, what was given; others: stored as they are.
     """
     base = {"preset": preset, **DEFAULTS, **PRESETS[preset], **flags, "device": str(device), "amp": amp, **others}
     data = load_data(base["dataset"], data_dir, image_size=base["image_size"])
-    base |= {"data_dir": str(data_dir), "image_size": data.image_size, "classes": data.classes, **provenance()}
+    base |= {"data_dir": str(data_dir), "image_size": data.image_size, "classes": data.classes}
     base["channels"] = data.train_images.shape[1]
+    processor = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    versions = dict(python=platform.python_version(), torch=torch.__version__, processor=processor, cores=os.cpu_count())
+    commit = subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>/dev/null") or None
+    base |= {"versions": versions, "commit": commit, "command": shlex.join(["python", "train.py", *sys.argv[1:]])}
     sweep = {axis: base[axis] if isinstance(base[axis], list) else [base[axis]] for axis in AXES}
     configs = {}
     for one in settings(sweep, draw):
@@ -140,10 +119,8 @@ def resolve(flags, *, preset, device, amp, data_dir, draw=None, **others):
         try:
             with torch.device("meta"):
                 config["parameters"] = sum(p.numel() for p in model_of(config).parameters())
-        except ValueError as error:
-            raise InputError(f"{error}; see --width, --heads, --image-size, --patch-size, --depth")
-        except (RuntimeError, TypeError):  # a size that overflows
-            raise InputError("no tensor can be as large as this model's; choose a smaller --width or --image-size")
+        except (ValueError, RuntimeError, TypeError) as error:  # the last two of a size that overflows
+            raise InputError(f"{one_line(error)}; see --width, --heads, --image-size, --patch-size, --depth")
         if configs.setdefault(run_name(config), config) != config:
             raise InputError(f"{run_name(config)}: two runs of the sweep have this name; their values are too close")
     return configs
@@ -152,14 +129,13 @@ def resolve(flags, *, preset, device, amp, data_dir, draw=None, **others):
 def srr_layers(choice, depth, steps):
     """The 0-based layers that --srr-layer regularises in each of `steps` steps; "random" draws one for each."""
     if choice == "random":
-        return [[layer] for layer in torch.randint(depth, (steps,)).tolist()]
+        return [(layer,) for layer in torch.randint(depth, (steps,)).tolist()]
     if choice == "all":
-        return [list(range(depth))] * steps
-    if choice == "last":
-        return [[depth - 1]] * steps
-    if not (str(choice).isdecimal() and 1 <= int(choice) <= depth):
+        return [tuple(range(depth))] * steps
+    number = depth if choice == "last" else int(choice) if str(choice).isdecimal() else 0
+    if not 1 <= number <= depth:
         raise InputError(f"--srr-layer {choice}: must be last, all, random or a layer from 1 to {depth}")
-    return [[int(choice) - 1]] * steps
+    return [(number - 1,)] * steps
 
 
 def run_name(config):
@@ -191,56 +167,49 @@ def check_same_run(there, now, where):
             raise InputError(f"{where}: {key} is {there.get(key)} there but {now.get(key)} now; {cure}")
 
 
-def read_run(folder):
-    """config.json and result.json of a finished run. Raises InputError where either is missing or malformed."""
-    config, result = (read_json(Path(folder) / name) for name in ("config.json", "result.json"))
-    needed = {"epochs", "steps", "reached_target", "gap", "gap_accuracy", "val_accuracy", "seconds"}
-    if missing := needed - result.keys():
-        raise InputError(f"{folder}/result.json: {', '.join(sorted(missing))} missing; delete the file and train again")
-    return config, result
+def save_checkpoint(path, content):
+    """Write `content`, a dict of tensors and plain types, to `path`."""
+    torch.save(content, buffer := io.BytesIO())
+    write_bytes(path, buffer.getvalue())
 
 
-def read_log(folder):
-    """The rows of a run's log.jsonl. Raises InputError where a line is damaged."""
-    rows = []
-    for k, line in enumerate((Path(folder) / "log.jsonl").read_text("utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise InputError(f"{folder}/log.jsonl: line {k} is damaged; train the run again")
-    return rows
-
-
-def load_weights(model, path, config):
-    """Load a run's checkpoint `path` (init.pt or last.pt) into `model` and return all that it holds.
-
-    Raises InputError where it is damaged or belongs to another run than that of `config`.
-    """
-    content = load_checkpoint(path)
-    if not isinstance(content.get("config"), dict):
-        raise InputError(f"{path}: not a checkpoint of this project, or of an older version of it; choose another --out")
-    check_same_run(content["config"], config, path)
+def load_checkpoint(path):
+    """The dict in a checkpoint, on the CPU. Raises InputError where the file is no checkpoint, or cut off."""
     try:
-        model.load_state_dict(content["model"])
-    except (KeyError, RuntimeError, TypeError, AttributeError):
-        raise InputError(f"{path}: its weights don't fit the model in config.json")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever the unpickler makes of arbitrary bytes
+        raise InputError(f"{path}: damaged, or not a checkpoint of tensors and plain types alone ({type(error).__name__})")
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
     return content
 
 
-def load_run(folder, device="cpu"):
-    """Config, result, trained model and model at initialisation (both in eval mode) of a finished run.
+def load_weights(model, path, config):
+    """Load a run's checkpoint into `model` and return all that it holds. Raises InputError where it is not of this config."""
+    content = load_checkpoint(path)
+    check_same_run(content.get("config", {}), config, path)
+    model.load_state_dict(content["model"])
+    return content
 
-    Raises InputError where a file is missing, damaged or of another run.
-    """
-    folder = Path(folder)
+
+def read_run(folder):
+    """config.json and result.json of a finished run."""
+    return read_json(Path(folder) / "config.json"), read_json(Path(folder) / "result.json")
+
+
+def read_log(folder):
+    """The rows of a run's log.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text("utf-8").splitlines()]
+
+
+def load_run(folder, device="cpu"):
+    """Config, result, trained model and model at initialisation (both in eval mode) of a finished run."""
     config, result = read_run(folder)
-    try:
-        trained, initial = model_of(config), model_of(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder / 'config.json'}: {error}; restore the file")
-    if load_weights(trained, folder / "last.pt", config).get("epoch") != result["epochs"]:
-        raise InputError(f"{folder / 'last.pt'}: not of the epoch that result.json says; restore either")
-    load_weights(initial, folder / "init.pt", config)
+    trained, initial = model_of(config), model_of(config)
+    load_weights(trained, Path(folder) / "last.pt", config)
+    load_weights(initial, Path(folder) / "init.pt", config)
     return config, result, trained.to(device).eval(), initial.to(device).eval()
 
 
@@ -248,34 +217,25 @@ class Busy(InputError):
     """Another process works on the folder."""
 
 
-@contextmanager
 def locked(folder):
-    """Hold `folder` for this process alone. Raises Busy where a living process holds it, on this machine or on another one
-    that shares the file system.
-
-    A POSIX lock: it ends with the process, however that ends, and processes started from this one don't inherit it.
+    """A file that holds `folder` for this process until it is closed: a POSIX lock, which ends with the process, however that
+    ends. Raises Busy where a living process has it, on this machine or on another one that shares the file system.
     """
-    path = Path(folder) / ".lock"
-    with open(path, "a+") as stream:
-        for _ in range(10):  # `lock_holder` may have it for an instant
-            try:
-                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except (BlockingIOError, PermissionError):
-                time.sleep(0.02)
-            except OSError as error:
-                raise InputError(f"{path}: {error.strerror}; name an --out on a file system that can lock files")
-        else:
-            raise Busy(f"{folder}: another process works on it ({path.read_text().strip()})")
-        stream.truncate(0)
-        stream.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
-        stream.flush()
-        yield
+    stream = open(Path(folder) / ".lock", "a+")
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        stream.seek(0)
+        raise Busy(f"{folder}: another process works on it ({stream.read().strip()})")
+    stream.truncate(0)
+    stream.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
+    stream.flush()
+    return stream
 
 
 def lock_holder(folder):
     """Who holds `folder` ("host .., process .."), or None."""
-    with suppress(FileNotFoundError), open(Path(folder) / ".lock") as stream:
+    with suppress(FileNotFoundError), open(folder / ".lock") as stream:
         try:
             fcntl.lockf(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -283,32 +243,29 @@ def lock_holder(folder):
 
 
 def find_runs(folders):
-    """All run folders at or below `folders`, in order. Raises InputError where there are none."""
-    found = []
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder")
+    """All run folders at or below `folders`, in order. Raises InputError where one holds none."""
+    found = {}
+    for folder in folders:
         below = sorted(path.parent for path in folder.resolve().rglob("config.json"))
         if not below:
-            raise InputError(f"{folder}: holds no run; name a folder that train.py made, or one above it")
-        found += [path for path in below if path not in found]
-    return found
+            raise InputError(f"{folder}: no such folder, or no run in it; name one that train.py made, or one above it")
+        found |= dict.fromkeys(below)
+    return list(found)
 
 
 def status(folder):
     """A run's state and what there is to say of it: ("finished" | "running" | "failed" | "unfinished" | "waiting", str)."""
+    log, failure = folder / "log.jsonl", folder / "error.txt"
     try:
         if (folder / "result.json").exists():
             _, result = read_run(folder)
             return "finished", "{epochs} epochs, val accuracy {val_accuracy:.2%}, {seconds:.0f} s".format(**result)
-        log, failure = folder / "log.jsonl", folder / "error.txt"
-        epochs = read_log(folder)[-1]["epoch"] if log.exists() and log.stat().st_size else 0
-        progress = f"{epochs} of {read_json(folder / 'config.json')['epochs']} epochs"
+        rows = read_log(folder) if log.exists() else []
+        progress = f"{rows[-1]['epoch'] if rows else 0} of {read_json(folder / 'config.json')['epochs']} epochs"
         if holder := lock_holder(folder):
             return "running", f"{progress}; {holder}"
         if failure.exists():
-            reason = failure.read_text("utf-8", "surrogateescape").strip()
-            return "failed", f"{progress}; {reason}"
-        return ("unfinished", progress) if log.exists() else ("waiting", "nobody has started it")
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        return "failed", one_line(error)
+            return "failed", f"{progress}; {failure.read_text('utf-8', 'surrogateescape').strip()}"
+        return ("unfinished", progress) if rows else ("waiting", "nobody has started it")
+    except (ValueError, KeyError, OSError) as error:
+        return "failed", one_line(error, folder)

@@ -11,8 +11,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from crate.rates import coding_rate, full, norm_ratio, subspace_coding_rate
+from crate.rates import coding_rate, norm_ratio, subspace_coding_rate
 
 
 class Parts(NamedTuple):
@@ -27,10 +28,23 @@ def parts(tokens, U, heads, gamma=1.0):
     """||Z||_0, R^c(Z; U) and R(Z) (Eq. 1) of tokens (B, N, d), per image. One eps for both rates: R's coefficient is K gamma.
 
     U: (d, d), its columns [U_1 .. U_K]. gamma = p / (N eps^2) with p = d / K; the paper sets it to 1, whatever N. Raises
-    ValueError where tokens are not finite (NaN instead on CUDA).
+    ValueError where shapes don't fit, or tokens are not finite (NaN instead on CUDA).
     """
+    _check(tokens, U, heads)
+    if U.dtype == torch.float64:
+        tokens = tokens.double()
     rate = coding_rate(tokens, heads * gamma)
     return Parts((tokens != 0).sum((-2, -1)).to(rate.dtype), subspace_coding_rate(tokens, U, heads, gamma), rate)
+
+
+def _check(tokens, U, heads):
+    if U.ndim != 2 or U.shape[0] != U.shape[1]:
+        raise ValueError(f"U must be (d, d), its columns [U_1 .. U_K], not {tuple(U.shape)}; of a qkv.weight: weight[:d].mT")
+    if tokens.ndim not in (2, 3) or tokens.shape[-1] != len(U):
+        image = ": take tokens.flatten(1, 2)" if tokens.ndim == 4 else ""
+        raise ValueError(f"tokens must be (B, N, d) with d = {len(U)} as in U, not {tuple(tokens.shape)}{image}")
+    if heads < 1 or len(U) % heads:
+        raise ValueError(f"width {len(U)} is not divisible by heads {heads}")
 
 
 def srr(tokens, U, heads, *, sparsity=0.1, gamma=1.0, norm="l0"):
@@ -42,34 +56,62 @@ def srr(tokens, U, heads, *, sparsity=0.1, gamma=1.0, norm="l0"):
     if norm not in ("l0", "l1"):
         raise ValueError(f"norm {norm!r} is unknown; choose l0 or l1")
     l0, rate_subspaces, rate = parts(tokens, U, heads, gamma)
-    size = l0 if norm == "l0" else full(tokens).abs().sum((-2, -1))
+    size = l0 if norm == "l0" else tokens.abs().sum((-2, -1), dtype=rate.dtype)
     return sparsity * size + rate_subspaces - rate
 
 
 @contextmanager
 def record(layers):
-    """What enters and leaves each of `layers` (modules) in the next forward pass of the network that owns them.
+    """What enters and leaves each of `layers`, a list of modules, in the next forward pass of the network that owns them.
 
         with record(layers) as (inputs, outputs):
             network(images)
 
-    fills both lists, one tensor a layer, in the order of `layers`; None for one that isn't called, the last call counts. Of a
-    layer that takes or returns several things, the first counts. The hooks are gone after the block, also after an error.
+    fills both lists, one tensor a layer, in the order of `layers`: copies, so that they are what was there at that moment,
+    whoever writes in place, with their graph. Of a layer that takes or returns several things the first counts, or what is
+    called last_hidden_state. The hooks are gone after the block, also after an error.
+    Raises ValueError where a layer occurs or is called twice, and, after the block, where one has no tensor.
     """
-    layers = list(layers)
-    inputs, outputs, handles = [None] * len(layers), [None] * len(layers), []
+    layers = list(layers) if hasattr(layers, "__iter__") else [None]
+    if not all(isinstance(layer, nn.Module) for layer in layers):
+        raise ValueError("record takes a list of modules: record([module])")
+    names = [f"layers[{place}] ({type(layer).__name__})" for place, layer in enumerate(layers)]
+    inputs, outputs, handles, called = [None] * len(layers), [None] * len(layers), [], set()
 
-    def keep(place, module, arguments, keywords, result):
-        inputs[place] = arguments[0] if arguments else next(iter(keywords.values()))
-        outputs[place] = result[0] if isinstance(result, tuple) else result
+    def enter(place, module, arguments, keywords):
+        if module in called:
+            raise ValueError(f"record: {names[place]} is called twice in the block, or listed twice: which one is meant?")
+        called.add(module)
+        inputs[place] = _copy((*arguments, *keywords.values()))
+
+    def leave(place, module, arguments, result):
+        outputs[place] = _copy(result)
 
     try:
         for place, layer in enumerate(layers):
-            handles.append(layer.register_forward_hook(partial(keep, place), with_kwargs=True))
+            handles.append(layer.register_forward_pre_hook(partial(enter, place), with_kwargs=True))
+            handles.append(layer.register_forward_hook(partial(leave, place)))
         yield inputs, outputs
     finally:
         for handle in handles:
             handle.remove()
+    empty = [name for name, *pair in zip(names, inputs, outputs) if any(tensor is None for tensor in pair)]
+    if empty:
+        raise ValueError(f"record: no tensor of {', '.join(empty)}. {WHY_NOT}")
+
+
+WHY_NOT = (
+    "Was it called in the block? A network that was compiled before doesn't see new hooks: run the original. "
+    "nn.TransformerEncoder passes nested tensors where there is a padding mask: torch.backends.mha.set_fastpath_enabled(False)."
+)
+
+
+def _copy(value):
+    """A copy of a tensor, or of the first of several; None of anything else."""
+    value = getattr(value, "last_hidden_state", value)
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    return value.clone() if isinstance(value, torch.Tensor) and not value.is_nested else None
 
 
 @contextmanager
@@ -85,14 +127,6 @@ def evaluating(model):
             module.training = mode
 
 
-def _means(sums, images, layer, sparsity):
-    """The measure and its parts, a dict of floats, from the sums of `parts` over that many images; layer: 0-based."""
-    l0, rate_subspaces, rate = (sums / images).tolist()
-    if not math.isfinite(rate_subspaces + rate):  # on CUDA, where a rate is NaN rather than an error
-        raise ValueError(f"layer {layer + 1}: the rates are not finite: the tokens are not finite")
-    return {"l0": l0, "rate_subspaces": rate_subspaces, "rate": rate, "srr": sparsity * l0 + rate_subspaces - rate}
-
-
 @contextmanager
 def _naming(layer):
     """A ValueError of the coding rates names the layer (0-based here)."""
@@ -100,6 +134,14 @@ def _naming(layer):
         yield
     except ValueError as error:
         raise ValueError(f"layer {layer + 1}: {error}")
+
+
+def _means(sums, images, layer, sparsity):
+    """The measure and its parts, a dict of floats, from the sums of `parts` over that many images."""
+    l0, rate_subspaces, rate = (sums / images).tolist()
+    if not math.isfinite(rate_subspaces + rate):  # on CUDA, where a rate is NaN rather than an error
+        raise ValueError(f"layer {layer + 1}: the rates are not finite: the tokens are not finite")
+    return {"l0": l0, "rate_subspaces": rate_subspaces, "rate": rate, "srr": sparsity * l0 + rate_subspaces - rate}
 
 
 def layer_srr(model, images, sparsity=0.1, gamma=1.0, chunk=256, matrix="U"):

@@ -2,16 +2,14 @@
 
 `fit` is the loop, from batches to log; read it first. What an epoch draws at random depends on the config and its number alone,
 and state is saved between epochs, so a run that was killed and started again ends with the same bits (on a CPU, with as many
-threads).
-With torchrun every process is a rank that takes its share of each batch; rank 0 alone writes.
+threads). With torchrun every process is a rank that takes its share of each batch; rank 0 alone writes.
 """
 
 import io
 import json
 import math
-import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +18,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from crate.cli import InputError, one_line
+from crate.cli import InputError, one_line, read_json, write_bytes, write_json, write_text
 from crate.data import DROPOUT, batches, data_of, mixed_seed
-from crate.files import read_json, save_checkpoint, write_bytes, write_json, write_text
 from crate.kernels import graphed
-from crate.runs import check_same_run, identity, load_weights, locked, model_of, read_run, srr_layers
+from crate.runs import identity, load_weights, locked, model_of, save_checkpoint, srr_layers
 from crate.srr import layer_srr, operator_rates, record, srr
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,16 +32,7 @@ CHECKS_PER_EPOCH = ((0.015, 8), (0.025, 4), (0.05, 2))
 
 def ranks():
     """This process' rank, and how many there are."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def learning_rate(step, total_steps, initial, schedule):
-    """The rate of step `step` (0-based) of `total_steps`: `initial` throughout, or its cosine decay to zero."""
-    if schedule == "constant":
-        return initial
-    return initial * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @torch.no_grad()
@@ -55,83 +43,20 @@ def evaluate(model, data, images, labels, chunk=256):
     return F.cross_entropy(logits, labels, reduction="none"), (logits.argmax(1) == labels).double().mean().item()
 
 
-@torch.no_grad()
-def bounded_training_loss(model, data, ceiling, known, chunk=128):
-    """Mean cross-entropy over the training set as `evaluate` has it, or `ceiling` if it is at least that: a float.
-
-    Ends once the sum shows this. Losses are positive and a few images have most of them, so those that were hardest at the last
-    checks come first. known (m,): the losses there, brought up to date. A GPU is waited for once a chunk.
-    """
-    model.eval()
-    total, order = 0.0, known.argsort(descending=True, stable=True)
-    for rows in order.split(chunk * 32 if known.is_cuda else chunk):
-        outputs = model(data.prepare(data.train_images[rows])).double()
-        known[rows] = F.cross_entropy(outputs, data.train_labels[rows], reduction="none")
-        total += known[rows].sum().item() / len(known)
+def training_loss(model, data, ceiling):
+    """Mean cross-entropy over the training set as `evaluate` has it, or `ceiling` once the sum shows that it is not below."""
+    examples, total = len(data.train_labels), 0.0
+    chunk = max(64, examples // 16)
+    for images, labels in zip(data.train_images.split(chunk), data.train_labels.split(chunk)):
+        total += evaluate(model, data, images, labels)[0].sum().item() / examples
         if total >= ceiling:
             return ceiling
-    return known.mean().item()
-
-
-def rates_by_layer(model, data, config, operators):
-    """What log.jsonl has of SRR: {"srr", "srr_val"}: layer_srr on training and on validation images; with `operators`, also
-    {"operators"}: operator_rates. None, with a warning, where a rate can't be computed: a log must not end a run.
-    """
-    train, val = (data.prepare(images[:SRR_IMAGES]) for images in (data.train_images, data.val_images))
-    coefficients = {"sparsity": config["srr_lambda"], "gamma": config["srr_gamma"]}
-    try:
-        rates = {"srr": layer_srr(model, train, **coefficients), "srr_val": layer_srr(model, val, **coefficients)}
-        return rates | ({"operators": operator_rates(model, train, **coefficients)} if operators else {})
-    except ValueError as error:
-        tqdm.write(f"warning: layer-wise SRR is left out of the log: {error}", file=sys.stderr)
-        return {"srr": None, "srr_val": None}
+    return total
 
 
 def finished(state, config):
-    """Whether a run has come to its end: all epochs, or the stopping criterion."""
-    target = config["stop_at_loss"] or 0  # no loss is below 0
-    return state["epoch"] >= config["epochs"] or state["loss_bound"] < target
-
-
-def reached_target(model, data, state, target, epoch_ends):
-    """Whether the training loss is below `target`. Afterwards the model is in train mode.
-
-    state["loss_bound"] keeps the loss, or a ceiling that it exceeds: the target, but at an epoch's end the largest loss of
-    CHECKS_PER_EPOCH, to choose how often the next epoch checks.
-    """
-    ceiling = max(target, CHECKS_PER_EPOCH[-1][0]) if epoch_ends else target
-    loss = bounded_training_loss(model, data, ceiling, state["losses"])
-    if ranks()[1] > 1:  # all ranks stop at the same step, whatever their rounding
-        dist.broadcast(shared := torch.tensor(loss, dtype=torch.float64), 0)
-        loss = shared.item()
-    model.train()
-    state["loss_bound"] = loss
-    return loss < target
-
-
-def log_epoch(row, state, config, data, model, began):
-    """Complete the epoch's row by what is due, validation loss and layer-wise SRR, and add it to the log."""
-    epoch, last = state["epoch"], finished(state, config)
-    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-        raise InputError(f"epoch {epoch}: the weights are not finite; try a smaller --lr or --amp off")
-    if last or epoch % config["validate_every"] == 0:
-        losses, row["val_accuracy"] = evaluate(model, data, data.val_images, data.val_labels)
-        row["val_loss"] = losses.mean().item()
-        if not math.isfinite(row["val_loss"]):
-            raise InputError(f"epoch {epoch}: the validation loss is {row['val_loss']}; try a smaller --lr or --amp off")
-    if config["log_srr_every"] and (last or epoch % config["log_srr_every"] == 0):
-        row |= rates_by_layer(model, data, config, operators=last or epoch == 0)
-    state["rows"].append(row | {"seconds": round(time.perf_counter() - began, 3)})
-
-
-def compile_layers(model):
-    """torch.compile for each layer: its forward alone, so that hooks still see what enters and leaves it."""
-    torch._dynamo.reset()  # else the third model of a sweep runs uncompiled
-    torch._dynamo.config.recompile_limit = 64  # a layer's forms: train or eval, the smaller last batch, bf16 or not
-    if hasattr(torch._functorch.config, "backward_pass_autocast"):
-        torch._functorch.config.backward_pass_autocast = "off"  # else products that need full precision run in bf16
-    for layer in model.layers:
-        layer.forward = torch.compile(layer.forward)
+    """Whether a run has come to its end: all epochs, or the stopping criterion (no loss is below 0)."""
+    return state["epoch"] >= config["epochs"] or state["loss_bound"] < (config["stop_at_loss"] or 0)
 
 
 def step_of(config, model, optimizer, scaler):
@@ -173,109 +98,123 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
     Raises InputError, naming epoch and step, where the loss or tokens are not finite.
     """
     on_gpu, (rank, world) = data.train_labels.is_cuda, ranks()
-    eta, target, size = config["srr_reg"], config["stop_at_loss"], config["batch_size"]
-    steps_per_epoch = math.ceil(len(data.train_labels) / size)
-    step = step_of(config, model, optimizer, scaler)
-    saved_at = time.monotonic()
+    eta, target, size, examples = config["srr_reg"], config["stop_at_loss"], config["batch_size"], len(data.train_labels)
+    steps_per_epoch = math.ceil(examples / size)
+    step, saved_at = step_of(config, model, optimizer, scaler), time.monotonic()
     while not finished(state, config):
-        began, first_step = time.perf_counter(), state["step"]
+        began, results = time.perf_counter(), []
         state["epoch"] += 1
         # Dropout and random layers are functions of (seed, epoch), dropout of the rank too.
         torch.manual_seed(mixed_seed(DROPOUT, config["seed"], state["epoch"]))
         regularised = srr_layers(config["srr_layer"], config["depth"], steps_per_epoch) if eta else [()] * steps_per_epoch
         if rank > 0:
             torch.manual_seed(mixed_seed(DROPOUT, config["seed"], state["epoch"], rank))
-        checks = next((n for below, n in CHECKS_PER_EPOCH if state["loss_bound"] < below), 1)
+        checks = next((n for below, n in CHECKS_PER_EPOCH if state["loss_bound"] < below), 1) if target else 0
         check_after = {math.ceil(steps_per_epoch * (i + 1) / checks) for i in range(checks)}
-        augment = config["augment"] == "basic"
-        results = []
         model.train()
+        augment = config["augment"] == "basic"
         for images, labels, weight in batches(data, size, config["seed"], state["epoch"], augment, rank, world):
-            rate = learning_rate(state["step"], config["epochs"] * steps_per_epoch, config["lr"], config["schedule"])
+            rate = config["lr"]
+            if config["schedule"] == "cosine":
+                rate *= 0.5 * (1 + math.cos(math.pi * state["step"] / (config["epochs"] * steps_per_epoch)))
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"].fill_(rate) if on_gpu else rate
             try:
-                results.append(step(images, labels, weight, tuple(regularised[len(results)])))
+                results.append(step(images, labels, weight, regularised[len(results)]))
             except ValueError as error:  # from the coding rates
                 raise InputError(f"epoch {state['epoch']}, step {state['step'] + 1}: {error}; try a smaller --lr or --amp off")
             state["step"] += 1
             bar.update()
-            if target is not None and len(results) in check_after:
-                if reached_target(model, data, state, target, epoch_ends=len(results) == steps_per_epoch):
+            if len(results) in check_after:
+                # At an epoch's end not only whether it is below the target, also how often the next epoch checks.
+                ceiling = max(target, CHECKS_PER_EPOCH[-1][0]) if len(results) == steps_per_epoch else target
+                loss = torch.tensor(training_loss(model, data, ceiling), dtype=torch.float64)
+                if world > 1:  # all ranks stop at the same step, whatever their rounding
+                    dist.broadcast(loss, 0)
+                state["loss_bound"] = loss.item()
+                if state["loss_bound"] < target:
                     break
+                model.train()
         results = torch.stack(results)  # (steps, 3): the first moment at which the host waits for the device
         if world > 1:
             dist.all_reduce(results)
         results = results.cpu().numpy() / world
         for i in np.flatnonzero(~np.isfinite(results.sum(1)))[:1]:
-            where = f"epoch {state['epoch']}, step {first_step + i + 1}"
+            where = f"epoch {state['epoch']}, step {state['step'] - len(results) + i + 1}"
             raise InputError(f"{where}: the loss is {results[i, 0] + eta * results[i, 2]}; try a smaller --lr or --amp off")
-        sizes = [min(size, len(data.train_labels) - i * size) for i in range(len(results))]
-        loss, accuracy, measure = np.average(results, axis=0, weights=sizes).tolist()
+        weights = [min(size, examples - i * size) for i in range(len(results))]
+        loss, accuracy, measure = np.average(results, axis=0, weights=weights).tolist()
         row = {"epoch": state["epoch"], "step": state["step"], "lr": rate, "train_loss": loss, "train_accuracy": accuracy}
-        if eta:
-            row["train_srr"] = measure
-        log_epoch(row, state, config, data, model, began)
+        log(row | ({"train_srr": measure} if eta else {}), config, folder, data, model, state, began)
         bar.set_postfix(loss=f"{loss:.4f}")
-        if rank == 0:
-            with open(folder / "log.jsonl", "a") as stream:
-                stream.write(json.dumps(state["rows"][-1]) + "\n")
-            if finished(state, config) or time.monotonic() >= saved_at + config["save_every"]:
-                parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-                parts = {name: part.state_dict() for name, part in parts.items()}
-                save_checkpoint(folder / "last.pt", {"config": identity(config), **parts, **state})
-                saved_at = time.monotonic()
+        if rank == 0 and (finished(state, config) or time.monotonic() >= saved_at + config["save_every"]):
+            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            save_checkpoint(folder / "last.pt", {"config": identity(config), **parts, **state})
+            saved_at = time.monotonic()
+
+
+def log(row, config, folder, data, model, state, began):
+    """Complete the epoch's row by what is due, validation loss and layer-wise SRR, and append it to log.jsonl."""
+    epoch, last = state["epoch"], finished(state, config)
+    if last or epoch % config["validate_every"] == 0:
+        losses, row["val_accuracy"] = evaluate(model, data, data.val_images, data.val_labels)
+        row["val_loss"] = losses.mean().item()
+        if not math.isfinite(row["val_loss"]):
+            raise InputError(f"epoch {epoch}: the validation loss is {row['val_loss']}; try a smaller --lr or --amp off")
+    if config["log_srr_every"] and (last or epoch % config["log_srr_every"] == 0):
+        train, val = (data.prepare(images[:SRR_IMAGES]) for images in (data.train_images, data.val_images))
+        coefficients = {"sparsity": config["srr_lambda"], "gamma": config["srr_gamma"]}
+        row |= {"srr": layer_srr(model, train, **coefficients), "srr_val": layer_srr(model, val, **coefficients)}
+        if last or epoch == 0:
+            row["operators"] = operator_rates(model, train, **coefficients)
+    state["rows"].append(row | {"seconds": round(time.perf_counter() - began, 3)})
+    if ranks()[0] == 0:
+        with open(folder / "log.jsonl", "a") as stream:
+            stream.write(json.dumps(state["rows"][-1]) + "\n")
 
 
 def begin(config, folder):
     """Data, model, optimizer, scaler and state of a run: as last.pt has them, or new, with init.pt and the log's first row.
 
-    Adam; weight decay, if any, is decoupled (AdamW) and on matrices alone. Raises InputError where last.pt can't be resumed.
+    Adam; weight decay, if any, is decoupled (AdamW) and on matrices alone.
     """
-    device, on_gpu, last = torch.device(config["device"]), config["device"].startswith("cuda"), folder / "last.pt"
+    device, last, (rank, _) = torch.device(config["device"]), folder / "last.pt", ranks()
     torch.backends.cuda.enable_cudnn_sdp(False)  # its dropout is rounded to sixteenths in 16 bits (pytorch pull request 174245)
     data = data_of(config, device=device)
     torch.manual_seed(config["seed"])
     model = model_of(config).to(device)
     matrices = {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": config["weight_decay"]}
     others = {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([matrices, others], lr=config["lr"], fused=True, capturable=on_gpu)
+    optimizer = torch.optim.AdamW([matrices, others], lr=config["lr"], fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=config["amp"] == "fp16")
-    # For the stopping criterion: cross-entropy over the training set at its last check, or a lower bound, and the loss that
-    # each training image had when it was last looked at.
+    # loss_bound: cross-entropy over the training set at the last check of the stopping criterion, or what it is at least.
     state = {"epoch": 0, "step": 0, "loss_bound": math.inf, "rows": []}
-    state["losses"] = torch.zeros(len(data.train_labels), dtype=torch.float64, device=device)
     if last.exists():
         saved = load_weights(model, last, config)
-        try:
-            optimizer.load_state_dict(saved["optimizer"])
-            scaler.load_state_dict(saved["scaler"])
-            state = {key: saved[key] for key in state}
-            state["losses"] = state["losses"].to(device)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{last}: can't be resumed ({error}); delete it to start the run again")
-    elif ranks()[0] == 0 and config["epochs"]:
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        state = {key: saved[key] for key in state}
+    elif rank == 0 and config["epochs"]:
         save_checkpoint(folder / "init.pt", {"config": identity(config), "model": model.state_dict()})
-    if on_gpu:  # a CUDA graph reads the learning rate from the device; the saved groups may come from a CPU
+    if device.type == "cuda":  # a CUDA graph reads the learning rate from the device; the saved groups may come from a CPU
         for group in optimizer.param_groups:
             group |= {"lr": torch.tensor(config["lr"], device=device), "capturable": True}
-    if config["compile"]:
-        compile_layers(model)
-    if not state["rows"]:
-        log_epoch({"epoch": 0, "step": 0}, state, config, data, model, time.perf_counter())
-    if ranks()[0] == 0:  # a kill between logging and saving leaves a row too many: the checkpoint's rows are the log
+    if rank == 0:  # a kill between logging and saving leaves a row too many: the checkpoint's rows are the log
         write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state["rows"]))
+    if not state["rows"]:
+        log({"epoch": 0, "step": 0}, config, folder, data, model, state, time.perf_counter())
     return data, model, optimizer, scaler, state
 
 
 def evaluate_both(model, data):
     """Losses, accuracies and gaps of a trained model, a dict, and the loss of each validation image, (n,) float32."""
-    train_losses, train_accuracy = evaluate(model, data, data.train_images, data.train_labels)
-    val_losses, val_accuracy = evaluate(model, data, data.val_images, data.val_labels)
-    train_loss, val_loss = train_losses.mean().item(), val_losses.mean().item()
-    result = {"train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
-    result |= {"gap": val_loss - train_loss, "gap_accuracy": train_accuracy - val_accuracy}
-    return result, val_losses.float().cpu().numpy()
+    result = {}
+    for part, images, labels in (("train", data.train_images, data.train_labels), ("val", data.val_images, data.val_labels)):
+        losses, result[f"{part}_accuracy"] = evaluate(model, data, images, labels)
+        result[f"{part}_loss"] = losses.mean().item()
+    result["gap"] = result["val_loss"] - result["train_loss"]
+    result["gap_accuracy"] = result["train_accuracy"] - result["val_accuracy"]
+    return result, losses.float().cpu().numpy()
 
 
 def finish(config, folder, data, model, state):
@@ -289,8 +228,7 @@ def finish(config, folder, data, model, state):
         "seconds": round(sum(row["seconds"] for row in state["rows"]), 3),
     }  # fmt: skip
     if ranks()[0] == 0:
-        array = io.BytesIO()
-        np.save(array, val_losses)
+        np.save(array := io.BytesIO(), val_losses)
         write_bytes(folder / "val_losses.npy", array.getvalue())
         write_json(folder / "result.json", result)
     return result
@@ -299,18 +237,16 @@ def finish(config, folder, data, model, state):
 def train(config, folder, show_progress=True):
     """Train the run that `config` describes in `folder`, from where it stands. Returns what result.json holds.
 
-    Raises Busy where another process has the folder, InputError where it holds another run, a checkpoint can't be read or the
-    loss is not finite; the last saved epoch stays, and the reason is left in error.txt.
+    Raises Busy where another process has the folder, InputError where a checkpoint can't be read or the loss is not finite; the
+    last saved epoch stays, and the reason is left in error.txt.
     """
     folder, (rank, world) = Path(folder), ranks()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) if rank == 0 else nullcontext():
         if world > 1:
             dist.barrier()  # all see what rank 0 wrote last
-        if (folder / "config.json").exists():
-            check_same_run(read_json(folder / "config.json"), config, folder / "config.json")
         if (folder / "result.json").exists():
-            return read_run(folder)[1]
+            return read_json(folder / "result.json")
         if rank == 0:
             write_json(folder / "config.json", config)
             for leftover in [folder / "error.txt", *folder.glob(".*.tmp")]:
@@ -324,6 +260,5 @@ def train(config, folder, show_progress=True):
             return finish(config, folder, data, model, state)
         except (ValueError, RuntimeError, OSError) as error:
             if rank == 0:
-                with suppress(OSError):
-                    write_text(folder / "error.txt", one_line(error) + "\n")
+                write_text(folder / "error.txt", one_line(error) + "\n")
             raise

@@ -27,13 +27,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from crate import figures, measures  # noqa: E402
+from crate.cli import markdown_table, write_text  # noqa: E402
 from crate.data import batches, load_data  # noqa: E402
-from crate.files import markdown_table, write_text  # noqa: E402
-from crate.kernels import self_attention  # noqa: E402
+from crate.kernels import self_attention, subspace_gradient  # noqa: E402
 from crate.model import build_model  # noqa: E402
-from crate.rates import coding_rate, merge_heads, split_heads, subspace_gradient  # noqa: E402
+from crate.rates import coding_rate, merge_heads, split_heads  # noqa: E402
 from crate.srr import record, srr  # noqa: E402
-from crate.training import compile_layers  # noqa: E402
 from tests import reference  # noqa: E402
 
 PATCH, CHANNELS, CLASSES, HEADS, ETA = 4, 3, 10, 6, 1e-3
@@ -78,11 +77,6 @@ def our_step(model, batch, layers=()):
         optimizer.step()
 
     return step
-
-
-def compiled_step(model, batch):
-    compile_layers(model)
-    return our_step(model, batch)
 
 
 def textbook_step(model, batch):
@@ -157,21 +151,18 @@ def ms(seconds):
 def ratios(width, depth, rounds):
     """The rows of the first table: what is divided by what, ratio, goal, both in words."""
     batch, last, every = random_batch(64), [depth - 1], range(depth)
-    compiled = compiled_step(model_of(width, depth), batch)
-    compiled()
     ours = our_step(model_of(width, depth), batch)
     with FlopCounterMode(display=False) as counter:
         ours()
-    steps = [textbook_step(model_of(width, depth), batch), compiled]
+    steps = [textbook_step(model_of(width, depth), batch)]
     steps += [our_step(model_of(width, depth), batch, layers) for layers in (last, every)]
-    plain, textbook, compiled, last_layer, all_layers = interleaved([ours, *steps], rounds)
+    plain, textbook, last_layer, all_layers = interleaved([ours, *steps], rounds)
     flops, gemm = counter.get_total_flops(), gemm_rate()
     yield "training step, textbook / ours", textbook / plain, ">= 1.6", ms(textbook), ms(plain)
     work = f"{flops / 1e9:.0f} GFLOP at {gemm / 1e9:.0f}/s"
     yield "its matrix products at the rate of a large one / training step", flops / gemm / plain, ">= 0.65", work, ms(plain)
     yield "step with SRR on the last layer / without", last_layer / plain, "<= 1.15", ms(last_layer), ms(plain)
     yield "step with SRR on all layers / without", all_layers / plain, "", ms(all_layers), ms(plain)
-    yield "step under --compile / without", compiled / plain, "", ms(compiled), ms(plain)
 
     slow, fast = interleaved([rates_of(reference.coding_rate, width), rates_of(coding_rate, width)], 3 * rounds)
     yield "coding rate forward and backward, textbook / ours", slow / fast, ">= 5", ms(slow), ms(fast)
@@ -227,7 +218,7 @@ def growth_table(rows):
 
 
 def growth_figure(rows, path):
-    figure, axes = figures.canvas(1, 3, width=2.8, height=2.6)
+    figure, axes = figures.grid(3, 3, width=2.8, height=2.6)
     lines = (("seconds", 1e3, "#0072B2", "ms per image"), ("bytes", 2**-20, "#D55E00", "MiB per image"))
     for axis, name in zip(axes, "NdL"):
         own = [row for row in rows if row["axis"] == name]

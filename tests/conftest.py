@@ -11,9 +11,8 @@ if not any("cuda" in argument for argument in sys.argv):  # without -m cuda, tes
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from crate.cli import run  # noqa: E402
-from crate.data import load_data, read  # noqa: E402
-from crate.files import markdown_table  # noqa: E402
+from crate.cli import markdown_table, run  # noqa: E402
+from crate.data import decode, load_data  # noqa: E402
 
 torch.set_num_threads(1)
 FAULTS = {}  # (fault, outcome): tries
@@ -24,7 +23,7 @@ def fresh_data():
     """Data sets are loaded once a process; tests that change their files need them loaded again."""
     yield
     load_data.cache_clear()
-    read.cache_clear()
+    decode.cache_clear()
 
 
 def pytest_runtest_setup(item):

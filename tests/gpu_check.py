@@ -4,7 +4,6 @@ Prints ok or FAIL a line, then a table of milliseconds a step. Without a GPU it 
 """
 
 import copy
-import gc
 import math
 import sys
 import time
@@ -19,7 +18,7 @@ from crate.model import VARIANTS, build_model  # noqa: E402
 from crate.rates import coding_rate, exact_gradient, split_heads, subspace_coding_rate  # noqa: E402
 from crate.runs import DEFAULTS, model_of  # noqa: E402
 from crate.srr import record, srr  # noqa: E402
-from crate.training import compile_layers, step_of  # noqa: E402
+from crate.training import step_of  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAILED = []
@@ -47,7 +46,7 @@ def close(name, actual, expected, tolerance):
     report(name, error < tolerance, f"relative error {error:.1e} (< {tolerance:g})")
 
 
-def new_step(device=DEVICE, compiled=False, graph=True, **changes):
+def new_step(device=DEVICE, graph=True, **changes):
     """A model and its training step at the paper's setting, and a random batch."""
     config = DEFAULTS | {"image_size": 32, "channels": 3, "classes": 10, "amp": "bf16" if device == "cuda" else "off"}
     config |= {"graph": graph} | changes
@@ -55,8 +54,6 @@ def new_step(device=DEVICE, compiled=False, graph=True, **changes):
     torch.manual_seed(0)
     model = model_of(config).to(device)
     batch = torch.randn(config["batch_size"], 3, 32, 32), torch.randint(10, (config["batch_size"],))
-    if compiled:
-        compile_layers(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=device == "cuda")
     if device == "cuda":
         for group in optimizer.param_groups:
@@ -167,14 +164,13 @@ def waits():
 
 
 def timing():
-    """Milliseconds a step, the host alone, seconds of the first ten, peak memory: eager, graphed, and compiled in a graph."""
+    """Milliseconds a step, the host alone, seconds of the first ten, peak memory: eager and graphed."""
     count = 50 if DEVICE == "cuda" else 2
     print("| case | step | ms a step | host alone | first 10, s | peak MiB |\n| --- | --- | --- | --- | --- | --- |")
     for name, (changes, layers) in CASES.items():
-        for kind in ("eager", "graph", "compiled, graph") if DEVICE == "cuda" else ("eager",):
-            _, step, batch = new_step(compiled=kind == "compiled, graph", graph=kind != "eager", **changes)
+        for kind in ("eager", "graph") if DEVICE == "cuda" else ("eager",):
+            _, step, batch = new_step(graph=kind != "eager", **changes)
             if DEVICE == "cuda":
-                gc.collect()  # a compiled model is part of a cycle
                 torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
             for _ in range(10 if DEVICE == "cuda" else 1):

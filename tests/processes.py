@@ -14,8 +14,7 @@ import torch
 import train
 from crate import training
 from crate.cli import run
-from crate.files import load_checkpoint
-from crate.runs import read_log, read_run
+from crate.runs import load_checkpoint, read_log, read_run
 
 torch.set_num_threads(1)
 CONTEXT = multiprocessing.get_context("forkserver")

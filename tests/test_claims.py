@@ -10,14 +10,21 @@ from scipy import stats
 from crate import claims
 
 
-def test_verdict():
-    for low, high, positive, negative in [
-        (0.1, 0.5, "holds", "contradicted"),
-        (-0.1, 0.5, "undecided", "undecided"),
-        (1e-13, 3e-13, "undecided", "undecided"),  # rounding has no sign
+@pytest.mark.parametrize("side", (1, -1))
+def test_verdict(side):
+    above, across, below = (
+        tuple(side * x for x in bounds) for bounds in ((0.3, 0.1, 0.5), (0.2, -0.1, 0.5), (-0.2, -0.4, -0.1))
+    )
+    for numbers, expected in [
+        ([above, above], "holds"),
+        ([below, below], "contradicted"),
+        ([across, across], "undecided"),
+        ([(0.2, math.nan, math.nan)], "undecided"),  # an interval without width decides nothing
+        ([above, across, below], "holds in 1 of 3, contradicted in 1 of 3"),
     ]:
-        assert (claims.verdict(low, high, +1), claims.verdict(low, high, -1)) == (positive, negative)
-        assert (claims.verdict(-high, -low, -1), claims.verdict(-high, -low, +1)) == (positive, negative)
+        (row,) = claims.claim("6", "", side, dict(enumerate(numbers)), "3 seeds")
+        assert row["verdict"] == expected
+    assert claims.claim("6", "", side, {}, "") == []
 
 
 def test_mean_interval():
@@ -26,28 +33,34 @@ def test_mean_interval():
     for values in ([2.0, 2.0], [92.4 - 92.2, 90.6 - 90.4, 0.2], [3.0]):  # equal values are no certainty
         mean, *bounds = claims.mean_interval(values)
         assert mean == pytest.approx(values[0]) and np.isnan(bounds).all()
-        assert claims.over_seeds("6", "", +1, pd.Series(values), margin=claims.POINTS)["verdict"] == "undecided"
+        assert claims.over_seeds("6", "", +1, {"": pd.Series(values)}, margin=0.5)[0]["verdict"] == "undecided"
 
 
 def test_no_effect_is_two_one_sided_tests():
     generator, seen = np.random.default_rng(0), set()
     for _ in range(300):
         values = pd.Series(generator.normal(generator.uniform(-0.7, 0.7), generator.uniform(0.05, 0.7), 5))
-        row = claims.over_seeds("6", "", +1, values, margin=(0.5, "points"))
+        (row,) = claims.over_seeds("6", "", +1, {"": values}, margin=0.5)
         above, below = (stats.ttest_1samp(values, x, alternative=a).pvalue for x, a in ((-0.5, "greater"), (0.5, "less")))
-        p_value = stats.ttest_1samp(values, 0).pvalue
-        assert row["p_value"] == pytest.approx(p_value)
         expected = "no effect (within 0.5 points)" if max(above, below) < 0.05 else "undecided"
-        if p_value < 0.05:
+        if stats.ttest_1samp(values, 0).pvalue < 0.05:
             expected = "holds" if values.mean() > 0 else "contradicted"
         assert row["verdict"] == expected
         seen.add(expected)
     assert len(seen) == 4
 
 
+def test_intervals_of_a_row_hold_together():
+    values = {name: pd.Series(np.random.default_rng(0).normal(size=6)) for name in "abcd"}
+    (row,) = claims.over_seeds("6", "", +1, values)
+    low, high = stats.ttest_1samp(values["a"], 0).confidence_interval(1 - 0.05 / 4)
+    assert f"[{low:+.3g}, {high:+.3g}]" in row["numbers"] and row["n"] == "6 seeds"
+
+
 def find(rows, *words):
+    """The verdict and the numbers of the only row whose claim has these words."""
     (row,) = [row for row in rows if all(word in row["claim"] for word in words)]
-    return row["verdict"], pytest.approx(row["number"])
+    return row["verdict"], row["numbers"]
 
 
 def test_layers_at_initialisation():
@@ -56,10 +69,8 @@ def test_layers_at_initialisation():
         for seed in range(3) for values in ([9, 7, 5, 8], [11, 9, 4, 10]) for layer, value in enumerate(values, 1)
     ]  # fmt: skip
     result = claims.initial_claims(pd.DataFrame(rows, columns=["seed", "layer", "srr"]), "")  # two model types
-    assert find(result, "first three quarters") == ("holds", 4.6 - 10)
-    assert find(result, "last quarter") == ("holds", 9 - 4.6)
-    assert find(result, "optimised") == ("undecided", -1)  # equal in every seed
-    assert find(result, "lowest layer") == ("finding", 3)
+    (falls, fall), (rises, rise) = find(result, "first three quarters"), find(result, "last quarter", "lowest at layer 3.0")
+    assert falls == rises == "holds" and fall.startswith("-5.4 [") and rise.startswith("+4.4 [")
 
 
 def test_training_raises_srr_is_decided_by_the_worst_step():
@@ -68,28 +79,29 @@ def test_training_raises_srr_is_decided_by_the_worst_step():
     layers = layers.to_frame(index=False)
     layers["srr"] = 3 * layers["epoch"] + generator.normal(size=108)  # here and there a single seed's step falls
     rising = layers.assign(model="crate-t")
-    (row,) = claims.course_claims(rising, "")
-    curves = rising.pivot(index=["layer", "epoch"], columns="seed", values="srr").groupby("layer").diff().dropna()
-    assert row["verdict"] == "holds"
-    assert row["p_value"] == pytest.approx(stats.ttest_1samp(curves, 0, axis=1).pvalue.max())  # all six steps must rise
+    assert claims.course_claims(rising, "")[0]["verdict"] == "holds"
     falls = rising.eval("layer == 2 and epoch == 2")
     falling = rising.assign(srr=rising["srr"] - 15 * falls)
     steps = falling[falls]["srr"].to_numpy() - falling.query("layer == 2 and epoch == 1")["srr"].to_numpy()
-    (row,) = claims.course_claims(falling, "")
-    assert (row["verdict"], row["number"]) == ("contradicted", pytest.approx(steps.mean()))
-    assert row["p_value"] == pytest.approx(6 * stats.ttest_1samp(steps, 0).pvalue)  # one of 3 layers x 2 steps
+    verdict, numbers = find(claims.course_claims(falling, ""), "of crate-t's")
+    low, _ = stats.ttest_1samp(steps, 0).confidence_interval(1 - 0.05 / 6)  # of 3 layers x 2 steps
+    assert verdict == "contradicted" and numbers.startswith(f"crate-t {steps.mean():+.3g} [{low:+.3g}")
 
 
 def test_correlation_claims():
-    taus = {"srr": 0.4, "path_norm": -0.05, "inverse_margin": -0.3, "log_prod_of_fro": -0.11, "log_sum_of_fro": -0.4}
-    table = pd.DataFrame(taus.items(), columns=["measure", "tau"])
-    table = table.assign(models=64, p_value=0.01, tau_low=table["tau"] - 0.1, tau_high=table["tau"] + 0.1)
-    table.loc[table["measure"] == "log_sum_of_fro", "tau_high"] = 0.2
-    result = claims.rank_claims(table, claims.OF_THE_SMALLER_WIDTH, "d = 48")
-    assert find(result, "SRR correlates") == ("holds", 0.4) and result[0]["p_value"] == 0.01
-    assert find(result, "norms all") == ("undecided", -0.4)  # the worst verdict decides
-    assert find(result, "Path-norm")[0] == "undecided" and find(result, "1/margin")[0] == "contradicted"
-    assert not any("PAC-Bayes" in row["claim"] for row in result)  # not measured
+    taus = {"srr": 0.4, "path_norm": -0.05, "inverse_margin": -0.3, "log_prod_of_fro": -0.11, "log_sum_of_fro": 0.4}
+    table = pd.DataFrame(taus.items(), columns=["measure", "tau"]).assign(gap="gap", models=64, tau_same_model=-0.2)
+    for name in ("tau", "tau_same_model"):
+        table = table.assign(**{f"{name}_low": table[name] - 0.1, f"{name}_high": table[name] + 0.1})
+    accuracy = table.iloc[:1].assign(gap="gap_accuracy", tau=-0.5, tau_low=-0.6, tau_high=-0.4)
+    result = claims.rank_claims({"d = 48": pd.concat([table, accuracy])}, {}, {})
+    beside = " (same type -0.2 [-0.3, -0.1])"
+    assert find(result, "SRR correlates with the gap: tau") == ("holds", "d = 48 +0.4 [+0.3, +0.5]" + beside)
+    assert find(result, "gap in accuracy") == ("contradicted", "d = 48 -0.5 [-0.6, -0.4]" + beside)
+    assert find(result, "models of one type: tau") == ("contradicted", "d = 48 -0.2 [-0.3, -0.1]")
+    assert find(result, "Norms")[0] == "holds in 1 of 3, contradicted in 1 of 3"
+    assert find(result, "1/margin")[0] == "contradicted"
+    assert not any("random settings" in row["claim"] or "highest" in row["claim"] for row in result)  # not measured
 
 
 def test_intervention_slopes_are_those_of_least_squares():
@@ -98,16 +110,7 @@ def test_intervention_slopes_are_those_of_least_squares():
     noise = generator.normal(size=(2, 16))
     runs = runs.assign(model="crate-t", srr=100 - 50 * runs["srr_reg"] + noise[0], gap=noise[1])
     expected = [np.polyfit(own["srr"], own["gap"], 1)[0] for _, own in runs.groupby("seed")]
-    assert claims.slopes(runs).to_list() == pytest.approx(expected)
-    assert find(claims.intervention_claims(runs, ""), "lowers SRR")[0] == "holds"
-    both = pd.concat([runs, runs.assign(model="crate-n", gap=-3 * runs["gap"])])
-    assert find(claims.intervention_claims(both, ""), "mean over types") == ("undecided", pytest.approx(-np.mean(expected)))
-
-
-def test_each_lever_has_its_own_runs_and_those_without():
-    runs = pd.DataFrame({"srr_reg": [0, 0.1, 0.1, 0.1, 0], "srr_layer": ["last", "last", "all", "2", "last"]})
-    levers = {which: list(own.index) for which, own in claims.by_lever(runs).items()}
-    assert levers == {", layer 2": [0, 3, 4], ", all layers": [0, 2, 4], "": [0, 1, 4]}
+    assert claims.slopes(runs)["crate-t"].to_list() == pytest.approx(expected)
 
 
 def test_observed_slope_is_that_of_a_regression_with_a_constant_for_each_type():
@@ -118,19 +121,19 @@ def test_observed_slope_is_that_of_a_regression_with_a_constant_for_each_type():
     design = np.column_stack([srr, *(model == one for one in np.unique(model))]).astype(float)
     coefficients, residual, _, _ = np.linalg.lstsq(design, models["gap"])
     error = np.sqrt(residual[0] / (16 - 4) * np.linalg.inv(design.T @ design)[0, 0])
-    (row,) = claims.observed_slopes(models, "")
-    assert row["number"] == pytest.approx(coefficients[0])
-    assert (row["high"] - row["low"]) / 2 == pytest.approx(2.178813 * error)  # t of 12 degrees of freedom
-    assert claims.observed_slopes(models.iloc[[0, 4, 5, 11]], "") == []
+    slope, low, high = claims.observed_slope(models)
+    assert slope == pytest.approx(coefficients[0])
+    assert (high - low) / 2 == pytest.approx(2.178813 * error)  # t of 12 degrees of freedom
+    assert np.isnan(claims.observed_slope(models.iloc[[0, 4, 5, 11]])).all()
 
 
 def test_claims_about_accuracies():
     plain = {"crate-c": [90, 91, 92], "crate-n": [89, 90.2, 91.1], "crate-t": [95, 95.5, 96], "crate": [96, 97, math.nan]}
-    result = claims.model_claims(pd.DataFrame(plain), "")  # a row per seed
-    assert find(result, "N beats") == ("contradicted", -0.9) and find(result, "falls behind")[1] == (6 + 5.3 + 4.9) / 3
-    assert find(result, "nearer")[1] == ((190 - 90 - 96) + (191 - 91 - 97)) / 2  # without the seed that crate lacks
-    accuracies = {"10": [94, 94.5, 95], "2": [96, 97, 96], "last": [92, 93, 91.5], "random": [93, 93.1, 93], "all": [5] * 3}
-    by_layer = pd.DataFrame(accuracies).unstack().rename_axis(["srr_layer", "seed"]).to_frame(0.001)
-    result = claims.layer_choice_claims(by_layer)
-    assert find(result, "Shallower") == ("holds", (4 + 4 + 4.5) / 3)
-    assert find(result, "fixed layer")[1] == np.mean([94, 284.5 / 3, 282.5 / 3]) - np.mean([93, 93.1, 93])
+    result = claims.accuracy_claims(pd.DataFrame(), pd.DataFrame(plain), "")  # a row per seed
+    assert find(result, "N beats")[0] == "contradicted" and find(result, "falls behind")[1].startswith("-5.4 [")
+    assert find(result, "nearer")[1].startswith("+3.5 [")  # without the seed that crate lacks
+    assert find(result, "transpose")[1].startswith("to C +4.5 [")
+    by_layer = {"1": [94, 94.5, 95], "2": [96, 97, 96], "all": [5] * 3, "last": [92, 93, 91.5], "random": [93, 93.1, 93]}
+    result = claims.layer_choice_claims(pd.DataFrame(by_layer))
+    assert find(result, "Shallower")[1].startswith("+2.33 [")
+    assert find(result, "fixed layer")[1].startswith("+1.3 [")

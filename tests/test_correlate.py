@@ -1,6 +1,7 @@
 """correlate.py as its user calls it: what it writes, and each complaint."""
 
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 from conftest import assert_refused
 from PIL import Image
 
-from crate import figures, statistics
+from crate import figures, ranks
 
 AXES = ("model", "width", "lr", "dropout")
-FLAGS = ("--hyperparameters", "model", "lr", "dropout", "--gap", "gap", "--resamples", 100)
+FLAGS = ("--hyperparameters", "model", "lr", "dropout", "--resamples", 100)
+ALL = ("--hyperparameters", *AXES, *FLAGS[4:])
 BY_WIDTH = (*FLAGS, "--by", "width")
 FILES = ["correlation.csv", "correlation.md", "forest.png", "scatter.png", "srr.png"]
 
@@ -41,7 +43,7 @@ def call(script, tmp_path, monkeypatch):
 
     def run(table, *flags, drawn=False):
         if not drawn:
-            for name in ("scatter", "srr_scatter", "forest"):
+            for name in ("scatter", "forest"):
                 monkeypatch.setattr(figures, name, lambda *values, **_: [v.touch() for v in values if isinstance(v, Path)])
         text = table.to_csv(index=False) if isinstance(table, pd.DataFrame) else table
         (tmp_path / "measures.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -50,8 +52,9 @@ def call(script, tmp_path, monkeypatch):
     return run
 
 
-def result(folder):
-    return pd.read_csv(folder / "correlation.csv", keep_default_na=False, na_values=["nan"]).set_index("measure")
+def result(folder, gap="gap"):
+    table = pd.read_csv(folder / "correlation.csv", keep_default_na=False, na_values=["nan"])
+    return table[table["gap"] == gap].set_index("measure")
 
 
 def files(folder):
@@ -60,136 +63,153 @@ def files(folder):
 
 def test_every_file_for_each_width_and_for_all(call, tmp_path):
     out = tmp_path / "out"
-    for folder in ("width=96", "lr=1"):  # of an earlier correlate.py; the notes are the user's
-        (out / folder).mkdir(parents=True)
-        for name in ("correlation.csv", "srr.png", "reliability.csv"):
-            (out / folder / name).touch()
-    (out / "lr=1/notes.txt").touch()
     code, output, _ = call(models(), *BY_WIDTH)
     folders = [out / "width=24", out / "width=48", out]
     assert code == 0 and [line.split(": ")[0] for line in output.splitlines()[1:]] == [str(folder) for folder in folders]
-    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["lr=1", "width=24", "width=48"]
-    assert files(out / "lr=1") == ["notes.txt"]
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["width=24", "width=48"]
     for folder, count, axes in zip(folders, (16, 16, 32), ([], [], ["width"])):
         assert files(folder) == FILES
-        rows = result(folder)
-        assert rows.index[0] == "path_norm" and sorted(rows.index) == ["baseline_type", "l2", "path_norm", "srr"]
-        assert rows["tau"].iloc[0] == 1 and rows["tau"].is_monotonic_decreasing and set(rows["models"]) == {count}
-        psi = [column for column in rows if column.startswith("psi_")]
-        assert psi == [f"psi_{axis}" for axis in ("model", "lr", "dropout", *axes)]
-        text = (folder / "correlation.md").read_text()
-        assert text.startswith("| measure | model | lr | dropout |") and "100 bootstrap resamples" in text and "1/24" in text
-        assert f"{rows['tau']['srr']:+.3f} [{rows['tau_low']['srr']:+.2f}" in text
+        for gap in ("gap", "gap_accuracy"):
+            rows = result(folder, gap)
+            assert rows.index[0] == "path_norm" and sorted(rows.index) == [
+                "baseline_lr",
+                "baseline_type",
+                "l2",
+                "path_norm",
+                "srr",
+            ]
+            assert rows["tau"].iloc[0] == 1 and rows["tau"].is_monotonic_decreasing and set(rows["models"]) == {count}
+            psi = [column for column in rows if column.startswith("psi_")]
+            assert psi == [f"psi_{axis}" for axis in ("model", "lr", "dropout", *axes)]
+        text, rows = (folder / "correlation.md").read_text(), result(folder)
+        assert text.startswith("| measure | model | lr | dropout |") and "100 bootstrap resamples" in text
+        assert "| tau | tau, same model | tau, same model, lr | models |" in text and "`gap_accuracy`" in text
+        assert f"{rows['tau']['srr']:+.2f} [{rows['tau_low']['srr']:+.2f}" in text
 
 
 def test_the_numbers_are_those_of_the_package(call, tmp_path):
-    table = models()
-    flags = ("--hyperparameters", *AXES, "--gap", "gap_accuracy", "--measures", "l2", "srr", "--resamples", 200, "--seed", 3)
-    flags += ("--controls", "l2", "path_norm", "--controls", "model")
-    assert call(table, *flags, drawn=True)[0] == 0
+    table, same = models(), [("width",), ("model", "dropout")]
+    flags = ("--gap", "gap_accuracy", "--measures", "l2", "srr", "--same", "width", "model,dropout", "--seed", 3)
+    assert call(table, *ALL, *flags, drawn=True)[0] == 0
     for name in FILES[2:]:
         path = tmp_path / "out" / name
         assert Image.open(path).size[0] > 300 and path.stat().st_size <= 200_000
-    table["baseline_type"] = table.groupby("model")["srr"].transform("mean")
-    measures = ["l2", "srr", "baseline_type"]
-    expected = statistics.correlate(
-        table, AXES, "gap_accuracy", measures, strata="model", controls=[["l2", "path_norm"], ["model"]], resamples=200, rng=3
-    )
-    assert "rho given l2, path_norm" in (tmp_path / "out/correlation.md").read_text()
-    pd.testing.assert_frame_equal(
-        result(tmp_path / "out").loc[measures], pd.DataFrame(expected).set_index("measure"), check_like=True, rtol=1e-12
-    )
+    table = table.assign(baseline_type=table.groupby("model")["srr"].transform("mean"), baseline_lr=table["lr"]).infer_objects()
+    measures = ["l2", "srr", "baseline_type", "baseline_lr"]
+    expected = pd.DataFrame(ranks.correlate(table, AXES, "gap_accuracy", measures, same, resamples=100, rng=3))
+    found = result(tmp_path / "out", "gap_accuracy").loc[measures]
+    pd.testing.assert_frame_equal(found, expected.set_index("measure"), check_like=True, rtol=1e-12)
 
 
 def test_models_that_are_left_out_are_named(call, tmp_path):
     cells = {(3, "reached_target"): False, (3, "gap"): "", (3, "l2"): "text", (7, "reached_target"): 0, (9, "gap"): "#N/A"}
-    code, output, _ = call(changed(cells | {(11, "gap"): "inf"}), "--hyperparameters", *AXES, *FLAGS[4:])
-    assert code == 0
-    assert "2 models left out, they did not reach the target: run3, run7\n" in output
-    assert "2 models left out, their gap is missing or not finite: run9, run11\n" in output
-    assert set(result(tmp_path / "out")["models"]) == {28}
+    code, output, error = call(changed(cells | {(11, "gap"): "inf", (3, "l2"): "", (3, "run"): ""}), *ALL)
+    assert code == 0, error
+    assert "2 models left out, which missed the target: , run7\n" in output
+    assert "2 models left out, which have no finite gap: run9, run11\n" in output
+    assert set(result(tmp_path / "out")["models"]) == {28} and set(result(tmp_path / "out", "gap_accuracy")["models"]) == {30}
 
 
 def test_a_table_that_is_not_ours(call, tmp_path):
-    """Several seeds, no model, a measure with a hole, columns that would be broken formulas."""
+    """Several seeds, no model, a measure with holes, a name with $ and |."""
     rng = np.random.default_rng(0)
-    rows = [{"$\\lr$": x, "try": t, "error": x + rng.normal(), "m/1 $\\norm": x, "m2": ""} for x in range(6) for t in "ab"]
+    rows = [{"x": x, "seed": t, "error": x + rng.normal(), r"$\norm w|_2$": x, "m2": ""} for x in range(6) for t in "ab"]
     rows[0]["m2"] = 1.0
-    flags = ("--hyperparameters", "$\\lr$", "--gap", "error", "--seed-column", "try", "--resamples", 50)
+    flags = ("--hyperparameters", "x", "--gap", "error", "--resamples", 50)
     code, output, error = call(pd.DataFrame(rows), *flags, drawn=True)
     assert code == 0, error
-    table = result(tmp_path / "out")
-    assert table[["models", "seeds"]].values.tolist() == [[12, 2], [0, 0]] and table["note"].iloc[1] == "too few models"
-    assert files(tmp_path / "out") == FILES[:4] and "2 seeds" in (tmp_path / "out/correlation.md").read_text()
-
-
-def test_seeds_that_pair_nothing(call, tmp_path):
-    code, output, _ = call(models().assign(seed=range(32)), "--hyperparameters", *AXES, *FLAGS[4:])
-    assert code == 0 and "every run has a seed of its own" in output and set(result(tmp_path / "out")["models"]) == {32}
-
-
-def test_validation_losses(call, tmp_path):
-    losses = np.random.default_rng(0).normal(size=(40, 50))
-    np.savez(tmp_path / "losses.npz", run=[f"run{k}" for k in reversed(range(40))], losses=losses)
-    flags = ("--hyperparameters", *AXES, *FLAGS[4:], "--val-losses", tmp_path / "losses.npz")
-    code, output, _ = call(models(), *flags)
-    assert code == 0 and "; reliability of the gap 0.9" in output and ", within model 0.9" in output
-    table = pd.read_csv(tmp_path / "out/reliability.csv").set_index("run")
-    assert table.loc["run3", "standard_error"] == pytest.approx(losses[36].std(ddof=1) / 50**0.5)
-    assert_refused(call(models().assign(run="other"), *flags), "--val-losses", "32 runs", "such as other")
-    np.savez(tmp_path / "losses.npz", run=["run0"])
-    assert_refused(call(models(), *flags), "--val-losses", "arrays run (names) and losses (runs, images)")
-
-
-def test_tables_as_spreadsheets_write_them(call, tmp_path):
-    flags, text = ("--hyperparameters", *AXES, *FLAGS[4:]), models().to_csv(index=False)
-    assert call(text, *flags)[0] == 0
-    expected = (tmp_path / "out/correlation.csv").read_text()
-    for same in ("\ufeff" + text.replace(",", ", "), text.replace(",", ";").replace("\n", "\r\n"), models().to_csv()):
-        assert call(same, *flags)[0] == 0
-        assert (tmp_path / "out/correlation.csv").read_text() == expected
+    assert "12 models of 6 settings: models of one setting are taken for its seeds" in output
+    table = result(tmp_path / "out", "error")
+    assert table["models"].to_dict() == {r"$\norm w|_2$": 12, "m2": 1, "baseline_other_seed": 12} and np.isnan(
+        table["tau"]["m2"]
+    )
+    assert files(tmp_path / "out") == FILES[:4]
 
 
 def test_missing_cells_and_columns_of_text(call, tmp_path):
-    missing = ("", "NA", "#N/A", "None", "NULL", "nan", "NaN", "inf")
-    code, output, _ = call(changed({(k, "l2"): cell for k, cell in enumerate(missing)}), "--hyperparameters", *AXES, *FLAGS[4:])
-    assert code == 0 and "flag is taken for no measure: it holds text\n" in output
-    assert result(tmp_path / "out").loc["l2", ["models", "dropped"]].tolist() == [24, 8]
+    missing = ("", "NA", "#N/A", "None", "NULL", "nan", "  ", "inf")
+    code, output, _ = call(changed({(k, "l2"): cell for k, cell in enumerate(missing)}), *ALL)
+    assert code == 0 and "not measures: flag\n" in output and "without a number: l2 8\n" in output
+    assert result(tmp_path / "out").loc["l2", "models"] == 24
+
+
+def test_levels_are_what_the_cells_say(call, tmp_path):
+    """None and NA are levels; 48 and 48.0 are one, and 0.001 of float32; a row of commas is no model."""
+    table = models().astype({"width": str, "lr": str})
+    table.loc[::2, "width"] += ".0"
+    table.loc[::3, "lr"] = [f"{np.float32(lr):.17g}" for lr in table.loc[::3, "lr"].astype(float)]
+    table["model"] = table["model"].map({"crate-c": "None", "crate-n": "NA", "crate-t": "nan", "crate": "crate"})
+    lines = table.to_csv(index=False).splitlines()
+    assert call("\n".join([*lines[:5], "," * (table.shape[1] - 1), "", *lines[5:]]), *BY_WIDTH)[0] == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("width=*")) == ["width=24", "width=48"]
+    found = result(tmp_path / "out")
+    assert call(models(), *BY_WIDTH)[0] == 0
+    pd.testing.assert_frame_equal(found, result(tmp_path / "out"))
+    assert call(table, *ALL, "--by", "model")[0] == 0
+    assert {path.name for path in (tmp_path / "out").glob("*=*")} == {"model=None", "model=NA", "model=nan", "model=crate"}
+
+
+def test_what_was_written_before_is_replaced_and_nothing_else(call, script, tmp_path):
+    out = tmp_path / "out"
+    assert call(models(), *BY_WIDTH)[0] == 0
+    (out / "width=24/mine.txt").touch()
+    assert_refused(call(models(), *BY_WIDTH, "--gap", "path_norm"), "--measures")
+    assert files(out) == FILES and files(out / "width=48") == FILES
+    assert call(models().drop(columns="srr"), *ALL)[0] == 0
+    assert files(out) == FILES[:4] and files(out / "width=24") == ["mine.txt"] and not (out / "width=48").exists()
+    (out / FILES[0]).write_text(text := models().to_csv(index=False))
+    assert_refused(script("correlate", out / FILES[0], *ALL, "--out", out), f"--out {out}", FILES[0])
+    assert (out / FILES[0]).read_text() == text
+
+
+def test_a_table_from_a_pipe(script, tmp_path):
+    read, write = os.pipe()
+    os.write(write, models().to_csv(index=False).encode())
+    os.close(write)
+    assert script("correlate", f"/dev/fd/{read}", *ALL, "--out", tmp_path / "out")[0] == 0
+    os.close(read)
+    assert set(result(tmp_path / "out")["models"]) == {32}
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("cells, flags, words", [
     ({}, ("--gap", "loss"), ("--gap loss", "no such column", "gap_accuracy", "path_norm")),
     ({}, ("--by", "depth"), ("--by depth", "no such column")),
-    ({}, ("--hyperparameters", "lr", "gap"), ("--gap gap", "hyperparameter")),
-    ({}, ("--hyperparameters", "lr", "--by", "lr"), ("--by lr", "only hyperparameter")),
-    ({}, ("--gap", "path_norm"), ("--gap path_norm", "--measures")),
-    ({}, ("--measures", "flag"), ("--measures flag: row 2 (run run0): 'ok' is not a number",)),
-    ({(5, "l2"): "12%"}, ("--measures", "l2"), ("--measures l2: row 7 (run run5): '12%' is not a number",)),
-    ({(6, "gap"): "0,5"}, (), ("--gap gap: row 8 (run run6): '0,5' is not a number",)),
-    ({}, ("--hyperparameters", "model", "width"), ("--hyperparameters: the combination model crate-c, width 24 occurs twice",)),
-    ({}, ("--hyperparameters", "model", "--seed-column", "run", "--strata", "run"), ("--strata run: models that share",)),
+    ({}, ("--same", "model,depth"), ("--same depth", "no such column")),
+    ({}, ("--hyperparameters", "lr", "gap"), ("--gap gap", "--hyperparameters")),
+    ({}, ("--hyperparameters", "lr", "--by", "lr"), ("--hyperparameters", "lr 0.001", "occurs twice")),
+    ({}, ("--gap", "path_norm"), ("--measures", "--gap path_norm")),
+    ({}, ("--measures", "flag"), ("--measures flag: line 2: 'ok' is not a number",)),
+    *(({(5, "l2"): cell}, (), ("column l2: line 7", cell, "not a number")) for cell in ("31 %", "about 30", "1_000", "−3")),
+    ({(6, "gap"): "0,5"}, (), ("--gap gap: line 8: '0,5' is not a number",)),
+    ({}, ("--hyperparameters", "model", "width"), ("--hyperparameters: model crate-c, width 24 occurs twice",)),
     ({}, ("--resamples", "0"), ("--resamples", ">= 1")),
-    ({}, ("--val-losses", "/dev/null"), ("--val-losses /dev/null: not an .npz file",)),
     ({(None, "gap"): ""}, (), ("--gap gap: 0 models", "3 or more")),
-    ({(None, "reached_target"): False}, (), ("reached_target", "3 models")),
+    ({(None, "reached_target"): False}, (), ("--gap gap: 0 models", "3 or more")),
     ({(None, "l2"): "nan"}, ("--measures", "l2"), ("--measures: none is finite",)),
+    ({(4, "model"): "a/b"}, ("--by", "model"), ("--by model", "a/b", "name of a folder")),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(call, tmp_path, cells, flags, words):
-    assert_refused(call(changed(cells), "--hyperparameters", *AXES, *FLAGS[4:], *flags), *words)
+    assert_refused(call(changed(cells), *ALL, *flags), *words)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("text, words", [
     ("", ("not a CSV table",)),
-    ("model,gap,l2\na,1,2\nb,1,2,3\n", ("not a CSV table", "line 3")),
+    ("\n,,\n", ("not a CSV table",)),
+    ("model,gap,l2\na,1,2\nb,1,2,3\n", ("line 3 has 4 cells, the header 3",)),
+    ("model,gap,l2\na,0,1,2,5\nb,0,2,3,1\n", ("line 2 has 5 cells, the header 3",)),
+    ("model,gap,l2\na,1,2\nb,1\n", ("line 3 has 2 cells, the header 3",)),
+    ("model,gap,l2,l2\na,1,2,3\n", ("two columns are called l2",)),
     ("model,gap,l2\na,1,2\nb,2,3\n", ("--gap gap: 2 models", "3 or more")),
-    ("model;gap;l2\na;0,5;2\n", ("--gap gap: row 2: '0,5' is not a number",)),
+    ("model,l2\na,1\nb,2\n", ("--gap gap: no such column", "model, l2")),
+    ("model;gap;l2\na;0,5;2\n", ("line 2 has 2 cells, the header 1",)),
+    ('model,gap,l2\na,1,"2\n', ("not a CSV table",)),
     (b"\xff\xfe\x00", ("not a CSV table in UTF-8",)),
 ])  # fmt: skip
 def test_bad_tables_are_refused_in_one_line(call, tmp_path, text, words):
-    assert_refused(call(text, "--hyperparameters", "model", "--gap", "gap"), *words)
+    assert_refused(call(text, "--hyperparameters", "model"), *words)
     assert not (tmp_path / "out").exists()
 
 

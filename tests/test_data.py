@@ -1,6 +1,5 @@
 """Data sets and batches: the shipped digits, small files in the formats of the others, class folders, augmentation."""
 
-import gzip
 import hashlib
 import pickle
 import struct
@@ -17,13 +16,13 @@ from torchvision.transforms import v2
 from crate import data as data_module
 from crate.augmentation import crop_and_flip, draw_augmentation, rand_augment
 from crate.cli import InputError
-from crate.data import batches, data_of, epoch_order, load_data, read
+from crate.data import batches, data_of, decode, epoch_order, load_data
 
 
 def refused(*arguments, **settings):
     """The message, of one line, with which load_data refuses; the files may be others than a moment ago."""
     load_data.cache_clear()
-    read.cache_clear()
+    decode.cache_clear()
     with pytest.raises(InputError) as error:
         load_data(*arguments, **settings)
     assert "\n" not in str(error.value)
@@ -90,13 +89,13 @@ def write_classes(folder, names="ab", test="test", kind="png", **settings):
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("kind, test", [("png", "test"), ("jpg", "val"), ("png", "valid")])
 def test_class_folders(tmp_path, kind, test, mode):
-    data = load_data(str(write_classes(tmp_path, "abc", test, kind, mode=mode)), image_size=8)
-    assert data.classes == 3 and data.image_size == 8 and data.train_images.shape == (9, len(mode), 6, 6)
+    data = load_data(str(write_classes(tmp_path, "abc", test, kind, mode=mode)))
+    assert data.classes == 3 and data.image_size == 6 and data.train_images.shape == (9, len(mode), 6, 6)
     assert data.train_labels.tolist() == [0, 1, 2] * 3 and data.val_labels.tolist() == [0, 1, 2] * 2  # they take turns
     for i, (image, label) in enumerate(zip(data.train_images, data.train_labels)):
         expected = Image.open(tmp_path / "train" / "abc"[label] / f"{i // 3}.{kind}")
         assert np.array_equal(image.permute(1, 2, 0).squeeze(2), np.asarray(expected))
-    assert data.prepare(data.val_images).shape == (6, len(mode), 8, 8)
+    assert load_data(str(tmp_path), image_size=8).train_images.shape == (9, len(mode), 8, 8)
 
 
 def test_grey_and_transparent_pictures_become_colour(tmp_path):
@@ -110,21 +109,19 @@ def test_grey_and_transparent_pictures_become_colour(tmp_path):
 
 def test_pictures_of_several_sizes(tmp_path):
     write_classes(tmp_path, size=(12, 8))
-    assert "not of one square size: 12 x 8" in refused(tmp_path)
+    assert "not of one square size" in refused(tmp_path)
     write_picture(tmp_path / "train/b/0.png", size=(9, 9))
-    message = refused(tmp_path)
-    assert "9 x 9" in message and "train/b/0.png" in message and "--image-size" in message
+    assert str(tmp_path) in refused(tmp_path) and "--image-size" in refused(tmp_path)
     data = load_data(tmp_path, image_size=5)
     expected = Image.open(tmp_path / "train/a/0.png").resize((5, 5), Image.Resampling.BILINEAR)
     assert np.array_equal(data.train_images[0].permute(1, 2, 0), np.asarray(expected))
 
 
 DAMAGE = [  # what is done to a folder, and what the message says
-    (lambda f: (f / "test/b").rename(f / "b"), "/test/b: no picture there"),
-    (lambda f: (f / "test/a/x.txt").write_text("hello"), "/test/a/x.txt: not a picture"),
-    (lambda f: (f / "train/b/1.jpg").write_bytes(b"\xff\xd8\xff"), "/train/b/1.jpg: not a picture, cut off or unreadable ("),
-    (lambda f: Image.new("I;16", (9, 9)).save(f / "train/b/3.png"), "/train/b/3.png: not a picture, cut off or unreadable ("),
-    (lambda f: (f / "test").rename(f / "dev"), "/test: no such folder; expected FOLDER/train/CLASS"),
+    (lambda f: (f / "test/b").rename(f / "b"), "train and test don't hold the same classes"),
+    (lambda f: (f / "test/a/x.jpg").write_text("hello"), "/test/a/x.jpg: can't be read"),
+    (lambda f: (f / "train/b/1.jpg").write_bytes(b"\xff\xd8\xff"), "/train/b/1.jpg: can't be read ("),
+    (lambda f: (f / "test").rename(f / "dev"), "/test: No such file or directory; expected FOLDER/train/CLASS"),
 ]  # fmt: skip
 
 
@@ -132,7 +129,7 @@ DAMAGE = [  # what is done to a folder, and what the message says
 @pytest.mark.parametrize("damage, words", DAMAGE, ids=[words.split(";")[0] for _, words in DAMAGE])
 def test_damaged_class_folders(tmp_path, damage, words):
     damage(write_classes(tmp_path, kind="jpg", size=(9, 9)))
-    assert f"{tmp_path}{words}" in refused(tmp_path)
+    assert str(tmp_path) in refused(tmp_path) and words in refused(tmp_path)
 
 
 def test_cifar10_as_class_folders(tmp_path):
@@ -146,15 +143,15 @@ def test_cifar10_as_class_folders(tmp_path):
     assert load_data("cifar10", tmp_path, image_size=16).train_images.shape == (31, 3, 16, 16)
 
 
-def test_fashion_mnist_from_debian_s_files(tmp_path, monkeypatch):
-    random, arrays = np.random.default_rng(0), []
+def test_fashion_mnist_from_its_files(tmp_path):
+    random, arrays, raw = np.random.default_rng(0), [], tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
     for part, count in (("train", 7), ("t10k", 8)):
         for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
             arrays.append(random.integers(0, 10, shape, np.uint8))
             header = struct.pack(">BBBB", 0, 0, 8, len(shape)) + struct.pack(f">{len(shape)}i", *shape)
-            (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + arrays[-1].tobytes()))
-    monkeypatch.setattr(data_module, "DEBIAN", tmp_path)
-    data = load_data("fashion-mnist", tmp_path / "data")
+            (raw / f"{part}-{kind}-ubyte").write_bytes(header + arrays[-1].tobytes())
+    data = load_data("fashion-mnist", tmp_path)
     found = (data.train_images[:, 0], data.train_labels, data.val_images[:, 0], data.val_labels)
     assert all(np.array_equal(a, b) for a, b in zip(found, arrays))
 
@@ -198,7 +195,6 @@ def test_missing_and_damaged_files(tmp_path, monkeypatch):
         raise URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    monkeypatch.setattr(data_module, "DEBIAN", tmp_path / "debian")
     for name in ("fashion-mnist", "cifar10", "cifar100"):
         message = refused(name, tmp_path / "empty")
         assert all(words in message for words in (str(tmp_path), "can't be downloaded", "no network", "--dataset digits"))

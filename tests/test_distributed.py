@@ -7,8 +7,7 @@ import sys
 import pytest
 import torch
 
-from crate.files import load_checkpoint
-from crate.runs import read_run
+from crate.runs import load_checkpoint, read_run
 from tests.processes import ROOT, SMALL, SRR, Train, environment, outcome, wait_until
 
 pytestmark = pytest.mark.faults

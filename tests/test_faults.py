@@ -11,14 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 
 import pytest
 import torch
 
 from crate.cli import InputError
-from crate.files import load_checkpoint, save_checkpoint
-from crate.runs import lock_holder, read_log, status
+from crate.runs import load_checkpoint, lock_holder, read_log, save_checkpoint, status
 from tests import processes
 from tests.conftest import assert_refused
 from tests.processes import ROOT, SMALL, SRR, Train, outcome, wait_until
@@ -140,16 +138,9 @@ def test_refused_in_one_line_and_resumed(tmp_path, finish, flags, fault, words):
 
 
 def test_damaged_checkpoints(tmp_path):
-    path, draw, weight = tmp_path / "last.pt", random.Random(0), torch.randn(1000)
-    save_checkpoint(path, {"weight": weight})
-    right = path.read_bytes()
-    for _ in range(100):
-        flipped = bytearray(right)
-        flipped[draw.randrange(len(right))] ^= 1 << draw.randrange(8)
-        path.write_bytes(flipped)
-        with suppress(InputError):  # refused, or the bit was in padding
-            assert torch.equal(load_checkpoint(path)["weight"], weight)
-    path.write_bytes(right[: len(right) // 2])
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"weight": torch.randn(1000)})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError, match="last.pt: damaged"):
         load_checkpoint(path)
 
@@ -166,7 +157,7 @@ def test_files_of_something_else(tmp_path, script, monkeypatch):
     folder, other = sorted((tmp_path / "runs").iterdir())
     (folder / "result.json").unlink()
     torch.save({"model": {}, "config": Malicious()}, malicious := io.BytesIO())
-    contents = [malicious.getvalue(), (folder / "init.pt").read_bytes(), (other / "last.pt").read_bytes()]
+    contents = [malicious.getvalue(), (other / "last.pt").read_bytes()]
     for name, content in [*(("last.pt", content) for content in contents), ("config.json", b"{")]:
         (folder / name).write_bytes(content)
         assert_refused(script(*run, 0), name)

@@ -61,6 +61,12 @@ def test_gradient_of_attention_with_dropout():
     assert torch.autograd.gradcheck(reseeded(lambda V: self_attention(V, 0.7, p=0.4)), randn(2, 1, 5, 4))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_second_derivatives_of_attention(p):
+    """With the same mask in all of them."""
+    assert torch.autograd.gradgradcheck(reseeded(lambda V: self_attention(V, 0.7, p)), randn(2, 1, 5, 4))
+
+
 @pytest.mark.parametrize("N", [64, LARGE + 1])
 def test_dropped_attention_weights(N):
     p, c = 0.3, 1.5

@@ -13,7 +13,7 @@ import torch
 
 import measure
 from crate.data import data_of
-from crate.runs import Busy, load_run, locked
+from crate.runs import load_run
 from crate.srr import layer_srr
 from crate.training import train
 from measure import COLUMNS, SETTINGS
@@ -98,19 +98,13 @@ def test_what_is_measured_is_kept_until_checkpoint_or_images_change(script, runs
     assert not out.with_name("measures_val_losses.npz").exists()
 
 
-def test_names_and_what_is_left_out(script, runs, tmp_path, monkeypatch):
+def test_names_and_what_is_left_out(script, runs, tmp_path):
     shutil.copytree(runs / "a", runs / "again" / "a")
     (runs / "a" / "result.json").unlink()
 
-    def lock(folder):
-        if folder.name == "b":
-            raise Busy
-        return locked(folder)
-
-    monkeypatch.setattr(measure, "locked", lock)
     code, printed, _ = script("measure", runs, "--out", tmp_path / "m.csv", *CHEAP)
-    assert code == 0 and "unfinished or of no epoch are left out: a\n" in printed and "1 left to other processes" in printed
-    assert list(table(tmp_path / "m.csv").index) == ["again/a"]
+    assert code == 0 and "unfinished or of no epoch are left out: a\n" in printed
+    assert list(table(tmp_path / "m.csv").index) == ["again/a", "b"]
 
 
 @pytest.mark.slow
@@ -141,13 +135,12 @@ BREAKS = [
     (lambda run: os.truncate(run / "last.pt", 500), "last.pt"),
     (lambda run: (run / "init.pt").unlink(), "init.pt"),
     (lambda run: (run / "result.json").write_text("{"), "result.json"),
-    (lambda run: (run / ".lock").unlink() or (run / ".lock").mkdir(), ".lock"),
     (lambda run: change_weights(run / "last.pt", "layers.0.ista.D", torch.nan), "not finite"),
 ]
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("damage, word", BREAKS, ids=["checkpoint", "initial weights", "result", "lock", "NaN"])
+@pytest.mark.parametrize("damage, word", BREAKS, ids=["checkpoint", "initial weights", "result", "NaN"])
 def test_a_broken_run_is_reported_and_the_others_are_measured(script, runs, tmp_path, damage, word):
     damage(runs / "a")
     code, _, error = script("measure", runs, "--out", tmp_path / "m.csv", *CHEAP)

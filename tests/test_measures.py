@@ -86,23 +86,26 @@ def test_which_parameters_count(name):
     assert measures.perturbed_parameters(model).keys() == {name for name in moved if "norm" not in name}
 
 
+@pytest.mark.parametrize("step", [1, 0.5])
 @pytest.mark.parametrize("effective", [True, False])
 @pytest.mark.parametrize("name", reference.VARIANTS)
-def test_path_norm_is_the_textbook_forward_pass_of_squares(name, effective, monkeypatch):
-    model = small_model(name, seed=3)
+def test_path_norm_is_the_textbook_forward_pass_of_squares(name, effective, step, monkeypatch):
+    model, fields = small_model(name, seed=3), reference.fields
+    for layer in model.layers:
+        layer.sign *= step
+    sign = layer.sign**2 if effective else layer.sign
+    monkeypatch.setattr(reference, "fields", lambda variant: (sign, *fields(variant)[1:]))
     weights = {key: tensor.double() ** 2 for key, tensor in reference.copies(model).items()}
     weights |= {key: torch.zeros_like(weights[key]) for key in ("cls_token", "pos_embedding")}
     monkeypatch.setattr(reference, "layer_norm", lambda tokens, weights, name: tokens)
     if effective:
         weights |= {key: p.double() for key, p in model.named_parameters() if key.endswith("ista.D")}
-        fields = reference.fields
 
         def squared_ista(tokens, D):
             M = torch.eye(12) + 0.1 * (D.mT - D.mT @ D)
             return torch.relu(tokens @ (M * M).mT)
 
         monkeypatch.setattr(reference, "ista", squared_ista)
-        monkeypatch.setattr(reference, "fields", lambda variant: (+1, *fields(variant)[1:]))
     expected, _ = reference.forward(torch.ones(1, 1, 8, 8).double(), weights, name, heads=3, patch_size=4, depth=2)
     assert measures.path_norm(model, (1, 8, 8), effective) == pytest.approx(expected.sum().item(), rel=1e-10)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from crate.model import HEADS, ISTA, VARIANTS, Layer, Variant, build_model
+from crate.model import ATTENTION, ISTA, VARIANTS, Layer, Variant, build_model
 from crate.rates import split_heads
-from crate.srr import record
+from crate.srr import record, srr
 from tests import reference
 from tests.reference import assert_close, copies
 from tests.test_kernels import factors, randn, reseeded
@@ -143,6 +143,32 @@ def test_sizes_that_do_not_fit(key, value):
         build_model("crate", **SMALL | {key: value})
 
 
+@pytest.mark.parametrize("variant", [name for name in reference.VARIANTS if name != "vit"])  # torch's kernel says that it can't
+def test_hessian_vector_product(variant):
+    """By autograd, against central differences of the gradient of training, with SRR and dropout in the loss."""
+    model, images, labels = small_model(variant, dropout=0.3), images_for(), torch.tensor([1, 4])
+    parameters = list(model.parameters())
+    directions = [torch.randn_like(parameter) for parameter in parameters]
+
+    def loss():
+        torch.manual_seed(5)
+        tokens, U = model.layer_outputs(images)[-1], model.layers[-1].mssa.U.weight.mT
+        return nn.functional.cross_entropy(model(images), labels) + 0.1 * srr(tokens, U, K).mean()
+
+    def gradient_at(step):
+        for parameter, direction in zip(parameters, directions):
+            parameter.data += step * direction
+        gradients = torch.autograd.grad(loss(), parameters)
+        for parameter, direction in zip(parameters, directions):
+            parameter.data -= step * direction
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    gradients = torch.autograd.grad(loss(), parameters, create_graph=True)
+    products = torch.autograd.grad(gradients, parameters, directions, allow_unused=True, materialize_grads=True)
+    expected = (gradient_at(1e-6) - gradient_at(-1e-6)) / 2e-6
+    assert_close(torch.cat([product.flatten() for product in products]), expected, 1e-5)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_leaves_the_layers_is_recorded_whole(name):
     model, images = small_model(name), images_for()
@@ -153,11 +179,11 @@ def test_what_leaves_the_layers_is_recorded_whole(name):
 
 
 def test_a_new_row_and_a_new_step_are_a_new_variant(monkeypatch):
-    def linear_heads(mssa, tokens, p):
+    def linear_attention(mssa, tokens, p):
         V = split_heads(mssa.U(tokens), mssa.heads)
         return V @ (V.mT @ V)
 
-    monkeypatch.setitem(HEADS, "linear", linear_heads)
+    monkeypatch.setitem(ATTENTION, "linear", linear_attention)
     monkeypatch.setitem(VARIANTS, "mine", Variant(-0.5, "linear", "U", "ISTA", "half the second-order term"))
     layer, Z = build_layer("mine"), randn(2, TOKENS, WIDTH)
     weights = copies(layer)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from crate.kernels import subspace_gradient
 from crate.rates import (
     coding_rate,
     exact_gradient,
@@ -12,7 +13,6 @@ from crate.rates import (
     log_approximations,
     norm_ratio,
     subspace_coding_rate,
-    subspace_gradient,
     taylor_bound,
 )
 from tests import reference
@@ -165,3 +165,16 @@ def test_subspace_gradient_and_its_own_gradient(N, p):
     assert torch.autograd.gradcheck(subspace_gradient, (V, 0.7))
     (wanted,) = torch.autograd.grad(coding_rate(V, 0.7).sum(), V)  # the gradient of R^c
     assert_close(subspace_gradient(V, 0.7), wanted, 1e-10)
+
+
+@pytest.mark.parametrize("N, p", [(5, 3), (3, 5), (1, 4)])
+@pytest.mark.parametrize("rate", [coding_rate, subspace_gradient])
+def test_second_derivatives(rate, N, p):
+    V = tokens_of((2, N, p))
+    assert torch.autograd.gradgradcheck(lambda V: rate(V, 0.7), V)
+    products = []
+    for Z in (V, V.detach().float().requires_grad_()):
+        (gradient,) = torch.autograd.grad(rate(Z, 0.7).square().sum(), Z, create_graph=True)
+        products += torch.autograd.grad(gradient.square().sum(), Z)
+    assert products[1].dtype == torch.float32
+    assert_close(products[1], products[0], 1e-4)

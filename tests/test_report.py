@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from crate import page, ranks
 from crate.runs import read_log, read_run
 from tests.conftest import assert_refused, run_script
 from tests.processes import SMALL
@@ -28,7 +29,7 @@ def reported(tmp_path_factory):
         for name, flags in EXPERIMENTS.items():
             assert run_script(monkeypatch, "train", *SMALL, *flags, "--seed", 0, 1, 2, "--out", runs / name) == 0
         empty, torn, unfinished = sorted((runs / "grid").iterdir())
-        (empty / "result.json").write_text("{}")
+        (empty / "result.json").write_text("{")
         (torn / "log.jsonl").write_text('{"epoch": 0}\n{"epo')
         (unfinished / "result.json").unlink()
         with redirect_stderr(StringIO()) as stderr:
@@ -39,7 +40,7 @@ def reported(tmp_path_factory):
 def test_tables_hold_what_the_runs_say(reported):
     runs, stderr = reported
     empty, torn = stderr.strip().splitlines()
-    assert "left out: " in empty and "_s0/result.json" in empty and "_s1/log.jsonl: line 2" in torn
+    assert "left out: " in empty and "_s0/result.json" in empty and "_s1: Unterminated" in torn
     table, layers, operators = (pd.read_csv(runs / f"results/{name}.csv") for name in ("runs", "layers", "operators"))
     assert len(table) == 12 + 6 + 9 and "grid" not in set(table["experiment"])
     for row in table.to_dict("records"):
@@ -68,7 +69,39 @@ def test_what_the_report_says(reported):
     low, high = stats.ttest_1samp(other - plain, 0).confidence_interval()
     assert second[3] == f"{(other - plain).mean():+.2f} [{low:+.2f}, {high:+.2f}]"
     assert [line[0] for line in cells("Which layer's SRR")] == ["1", "2", "random"]
-    assert any("(d = 12, L = 2, layers)" in line[3] for line in cells("The paper's claims"))  # of the smaller width
+    assert any("d = 12, L = 2 " in line[3] for line in cells("The claims"))  # of the smaller width
+
+
+def test_the_results_page(script, tmp_path):
+    """Two data sets of two widths; random settings of a rate each; the push of one model type."""
+    rng, rows = np.random.default_rng(0), []
+    for k in range(96):
+        lr = (1e-3, 3e-3)[k % 2]
+        rows.append(
+            {"model": "crate-c" if k % 4 < 2 else "crate", "width": 48 + k // 48 * 48, "lr": lr, "reached_target": k > 0}
+        )
+        rows[-1] |= dict(zip(page.MEASURES, rng.normal(size=11)), gap=rng.normal(), gap_accuracy=rng.normal())
+    grid = pd.DataFrame(rows).drop(columns=["baseline_type", "baseline_lr"])
+    study = grid[grid["width"] == 48].assign(lr=np.exp(rng.uniform(-7, -6.8, 48)))
+    runs = pd.DataFrame([(seed, eta) for seed in range(3) for eta in (-0.01, 0.0, 0.01)], columns=["seed", "srr_reg"])
+    runs = runs.assign(
+        experiment="intervention", model="crate", srr_layer="all", srr=30 - 900 * runs["srr_reg"], gap=1 + runs["seed"]
+    )
+    (tmp_path / "digits").mkdir()
+    for name, table in {"measures": grid, "study_measures": study, "runs": runs}.items():
+        table.to_csv(tmp_path / f"digits/{name}.csv", index=False)
+    assert script("crate.report", "--page", tmp_path) == (0, "", "")
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["srr_pushed.png", "srr_ranks.png"]
+    found = pd.read_csv(tmp_path / "page.csv", keep_default_na=False).set_index(["gap", "same", "measure", "models"])
+    own = grid.query("width == 48 and reached_target").assign(lr=grid["lr"])
+    (srr,) = ranks.correlate(own, ["model", "lr"], "gap", ["srr"], resamples=9)[:1]
+    for same, statistic in {"": "tau", "model": "tau_same_model", "model, lr": "tau_same_model_lr"}.items():
+        row = found.loc["gap", same, "srr", "digits, grid, d = 48"]
+        assert float(row["tau"]) == pytest.approx(srr[statistic], abs=1e-4)
+        assert (row["n"], row["pairs"]) == (47, srr[statistic.replace("tau", "pairs")])
+        together = found.loc["gap", same, "srr", "together"]
+        assert together["n"] == 47 + 48 + 47 and float(together["low"]) < float(together["tau"]) < float(together["high"])
+    assert_refused(script("crate.report", "--page", tmp_path / "none"), "--page", "digits or cifar10")
 
 
 def test_what_is_refused(script, tmp_path):

@@ -37,14 +37,3 @@ def test_report_is_rebuilt_from_its_tables(script, tmp_path, folder):
         assert (results / name).read_bytes() == (folder / name).read_bytes(), name
     drawn, published = ({path.name for path in where.glob("figures/*.png")} for where in (results, folder))
     assert drawn == published
-
-
-def test_results_show_the_claims_of_all_data_sets(script):
-    """The table of claims side by side in results/README.md, if there is one, is what --claims prints."""
-    page = ROOT / "results/README.md"
-    header = re.search(r"^\| section \| claim.*? \| claimed \| (.*) \|$", page.read_text(), re.M) if page.exists() else None
-    if header is None:
-        pytest.skip("no table of claims in results/README.md")
-    code, table, error = script("crate.report", "--claims", *(ROOT / "results" / name for name in header[1].split(" | ")))
-    assert code == 0, error
-    assert table in page.read_text()

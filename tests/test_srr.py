@@ -63,12 +63,108 @@ def test_record_any_modules_and_leave_no_trace():
     with record(reversed(layers)) as (inputs, outputs):  # the list's order, not that of the calls
         first = layers[0](Z, Z, Z)[0]
         last = layers[2](query=first, key=Z, value=Z)[0]  # by keyword; one isn't called
-    assert inputs[2] is Z and outputs[2] is first and inputs[0] is first and outputs[0] is last
-    assert len(inputs) == len(outputs) == 3 and inputs[1] is outputs[1] is None
+        middle = layers[1](last, Z, Z)[0]
+    for recorded, expected in zip([*inputs, *outputs], [first, last, Z, last, middle, first], strict=True):
+        assert torch.equal(recorded, expected)
     with pytest.raises(ZeroDivisionError), record(layers) as (inputs, _):
         raise ZeroDivisionError
     layers[0](Z, Z, Z)
     assert inputs == [None] * 3
+    with record([]) as lists:
+        assert lists == ([], [])
+
+
+class Residual(nn.Module):
+    """A block that adds to its input, in place or not."""
+
+    def __init__(self, inplace=False):
+        super().__init__()
+        self.linear, self.inplace = nn.Linear(4, 4), inplace
+
+    def forward(self, tokens):
+        step = self.linear(tokens.clone())
+        return tokens.add_(step) if self.inplace else tokens + step
+
+
+def test_what_is_recorded_was_there_at_that_moment():
+    """Also where a block, or a later one, writes in place; and it is in the graph."""
+    plain, inplace = (nn.Sequential(*[Residual(inplace) for _ in range(3)], nn.ReLU(inplace)) for inplace in (False, True))
+    inplace.load_state_dict(plain.state_dict())
+    Z, everything = torch.randn(2, 5, 4), []
+    for network in (plain, inplace):
+        with record(network) as (inputs, outputs):
+            network(Z.clone())
+        srr(outputs[1], torch.eye(4), 2).sum().backward()
+        everything.append([*inputs, *outputs, *(network[l].linear.weight.grad for l in (0, 1))])
+        assert network[2].linear.weight.grad is None
+    assert all(map(torch.equal, *everything))
+
+
+def test_record_takes_the_last_hidden_state():
+    class Output(dict):
+        last_hidden_state = torch.randn(2, 5, 4)
+
+    class Encoder(nn.Module):
+        def forward(self, *, hidden_states):
+            return Output(attentions=None)
+
+    encoder, Z = Encoder(), torch.randn(2, 5, 4)
+    with record([encoder]) as (inputs, outputs):
+        encoder(hidden_states=Z)
+    assert torch.equal(inputs[0], Z) and torch.equal(outputs[0], Output.last_hidden_state)
+
+
+def test_what_record_refuses():
+    one, other, Z = Residual(), Residual(), torch.randn(2, 5, 4)
+    for wrong in (one, [one, "other"], nn.ModuleDict({"one": one})):
+        with pytest.raises(ValueError, match=r"a list of modules: record\(\[module\]\)"), record(wrong):
+            pass
+    with pytest.raises(ValueError, match="called twice"), record([one]):
+        one(one(Z))
+    with pytest.raises(ValueError, match=r"layers\[1\] \(Residual\) is .* listed twice"), record([one, one]):
+        one(Z)
+    with pytest.raises(ValueError, match=r"no tensor of layers\[0\] \(Residual\), layers\[2\] \(Identity\)\. Was it called"):
+        with record([one, other, nn.Identity()]):
+            other(Z)
+    assert torch.equal(one(one(Z)), one(one(Z)))  # the hooks are gone
+
+
+def test_record_names_the_fast_path_of_torch():
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    encoder, mask = nn.TransformerEncoder(layer, 2).eval(), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with pytest.raises(ValueError, match="set_fastpath_enabled"), torch.no_grad(), record(encoder.layers):
+        encoder(torch.randn(2, 5, 4), src_key_padding_mask=mask)
+
+
+def test_shapes_that_do_not_fit():
+    Z, U = torch.randn(2, 16, 12), torch.randn(12, 12)
+    for function in (srr, parts):
+        for tokens, matrix, heads, reason in [
+            (Z, torch.randn(12, 36), 3, r"U must be \(d, d\).* not \(12, 36\)"),
+            (Z, torch.randn(12), 3, r"U must be \(d, d\).* not \(12,\)"),
+            (torch.randn(2, 4, 4, 12), U, 3, r"tokens must be \(B, N, d\) .*\(2, 4, 4, 12\): take tokens.flatten\(1, 2\)"),
+            (torch.randn(12), U, 3, r"tokens must be \(B, N, d\)"),
+            (torch.randn(2, 16, 8), U, 2, r"d = 12 as in U, not \(2, 16, 8\)"),
+            (Z, U, 5, "width 12 is not divisible by heads 5"),
+            (Z, U, 0, "heads 0"),
+        ]:
+            with pytest.raises(ValueError, match=reason):
+                function(tokens, matrix, heads)
+
+
+def test_tokens_and_U_of_different_types():
+    Z, U = torch.randn(2, 16, 12), torch.randn(12, 12)
+    wide = srr(Z.double(), U.double(), HEADS)
+    for measure in (srr(Z.double(), U, HEADS), srr(Z, U.double(), HEADS)):
+        assert measure.dtype == torch.float64
+        assert_close(measure, wide, 1e-12)
+    assert srr(Z.bfloat16(), U, HEADS).dtype == torch.float32
+    assert srr(Z[0], U, HEADS).shape == ()
+
+
+def test_second_derivatives_of_the_measure():
+    Z, U = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5, 12), (12, 12)))
+    assert torch.autograd.gradgradcheck(lambda Z, U: srr(Z, U, HEADS, gamma=0.8), (Z, U))
 
 
 @pytest.mark.parametrize("options", [{}, {"sparsity": 0.7, "gamma": 0.4}], ids=["default", "other"])

@@ -1,0 +1,250 @@
+"""crate.ranks against loops over pairs, scipy, and tables whose statistics are known."""
+
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from crate import ranks
+from crate.ranks import correlate
+
+AXES = {
+    "model": ["crate-c", "crate-n", "crate-t", "crate"],
+    "lr": [1e-3, 3e-3],
+    "batch_size": [64, 128],
+    "dropout": [0, 0.1],
+}
+SHARED = {"tau": (), "tau_same_model": ("model",), "tau_same_model_lr": ("model", "lr")}
+
+
+def noisy(seeds=1, ties=False, holes=0, rng=0):
+    """A table with a gap and the measure `a`; rounded for ties; `holes` models are missing, and then three numbers of `a`."""
+    rng = np.random.default_rng(rng)
+    table = [dict(zip(AXES, values)) for values in itertools.product(*AXES.values()) for _ in range(seeds)]
+    table = [table[k] for k in sorted(rng.permutation(len(table))[holes:])]
+    for row in table:
+        gap = rng.normal() + (row["lr"] == 1e-3) + (row["model"] == "crate")
+        row |= {"gap": gap, "a": gap + rng.normal(), "b": rng.normal()}
+        if ties:
+            row |= {key: round(row[key]) for key in ("gap", "a", "b")}
+    if holes:
+        table[1]["a"], table[4]["a"], table[7]["a"] = math.nan, None, math.inf
+    return table
+
+
+def one(table, measure="a", axes=AXES, **settings):
+    row, *_ = correlate(table, axes, "gap", [measure], **{"resamples": 50} | settings)
+    return row
+
+
+def sign(x):
+    return (x > 0) - (x < 0)
+
+
+def agreement(a, b, measure="a"):
+    return sign(a[measure] - b[measure]) * sign(a["gap"] - b["gap"])
+
+
+def share(a, b, columns):
+    return all(a[column] == b[column] for column in columns)
+
+
+def slow_psi(rows, axis):
+    others, groups = [name for name in AXES if name != axis], {}
+    for a, b in itertools.combinations(rows, 2):
+        if share(a, b, others) and a[axis] != b[axis]:
+            groups.setdefault(tuple(a[name] for name in others), []).append(agreement(a, b))
+    return np.mean([np.mean(values) for values in groups.values()])
+
+
+@pytest.mark.parametrize("ties", (False, True))
+@pytest.mark.parametrize("holes", (0, 7))
+@pytest.mark.parametrize("seeds", (1, 3))
+def test_all_statistics_equal_loops_over_pairs(ties, holes, seeds):
+    table = noisy(seeds, ties, holes)
+    rows = [row for row in table if row["a"] is not None and math.isfinite(row["a"])]
+    result = one(table)
+    assert result["models"] == len(rows) and result["gap"] == "gap" and result["measure"] == "a"
+    for name, columns in SHARED.items():
+        values = [agreement(a, b) for a, b in itertools.combinations(rows, 2) if share(a, b, columns)]
+        assert result[name] == pytest.approx(np.mean(values), abs=1e-12), name
+        assert result[name.replace("tau", "pairs")] == len(values)
+        assert result[f"{name}_low"] <= result[name] <= result[f"{name}_high"]
+    for axis in AXES:
+        assert result[f"psi_{axis}"] == pytest.approx(slow_psi(rows, axis), abs=1e-12), axis
+    assert result["Psi"] == pytest.approx(np.mean([slow_psi(rows, axis) for axis in AXES]), abs=1e-12)
+    if not ties:
+        a, gap = zip(*((row["a"], row["gap"]) for row in rows))
+        assert result["tau"] == pytest.approx(stats.kendalltau(a, gap).statistic)
+
+
+def test_the_columns_come_in_the_order_that_the_design_says():
+    names = ["gap", "measure", "models"]
+    for name in SHARED:
+        names += [name, f"{name}_low", f"{name}_high", name.replace("tau", "pairs")]
+    assert [*one(noisy())][: len(names) + 5] == [*names, *(f"psi_{axis}" for axis in AXES), "Psi"]
+
+
+def test_a_measure_equal_to_the_gap_and_its_negative():
+    table = [row | {"same": row["gap"], "negative": -row["gap"]} for row in noisy()]
+    for row, value in zip(correlate(table, AXES, "gap", ["same", "negative"], resamples=200), (1, -1)):
+        keys = [key for key in row if key.split("_")[0] in ("tau", "Psi", "psi")]
+        assert len(keys) > 15 and [row[key] for key in keys] == pytest.approx([value] * len(keys))
+
+
+def test_a_measure_that_is_one_of_the_hyperparameters():
+    table = [row | {"gap": row["gap"] + 100 * (row["lr"] == 3e-3)} for row in noisy()]
+    row = one(table, "lr")
+    assert row["psi_lr"] == 1 and row["Psi"] == 1 / 4 and row["tau_same_model_lr"] == row["psi_model"] == 0
+    assert row["tau"] == pytest.approx(16 * 16 / math.comb(32, 2))
+
+
+def test_numbers_that_are_equal_but_for_rounding():
+    table, moved = noisy(), noisy()
+    for row in moved[::2]:
+        row |= {"lr": row["lr"] * (1 + 5e-7), "dropout": row["dropout"] * (1 - 1e-9)}
+    assert one(moved) == one(table)
+    nearly = [row | {"a": 0.3 if k % 2 else 0.1 + 0.2} for k, row in enumerate(table)]  # accuracies, for one
+    assert one(nearly)["tau"] == 0
+
+
+def test_rates_drawn_at_random_are_the_same_within_a_factor():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"model": [*"ab"] * 40, "lr": np.exp(rng.uniform(-7, -5, 80)), "gap": rng.normal(size=80)})
+    table["a"] = table["gap"] + rng.normal(size=80)
+    rows = table.to_dict("records")
+    near = [agreement(a, b) for a, b in itertools.combinations(rows, 2)
+            if a["model"] == b["model"] and max(a["lr"], b["lr"]) <= 1.25 * min(a["lr"], b["lr"])]  # fmt: skip
+    row = one(table, axes=["model", "lr"])
+    assert row["pairs_same_model_lr"] == len(near) and row["tau_same_model_lr"] == pytest.approx(np.mean(near))
+    assert ranks.matched(table, ["lr", "model"])[2] and not ranks.matched(pd.DataFrame(noisy()), ["model", "lr"])[2]
+
+
+def test_fewer_than_twenty_pairs_give_no_number():
+    row = one(noisy(), same=[("model", "lr", "batch_size"), ("model", "batch_size")])
+    assert row["pairs_same_model_lr_batch_size"] == 16 and math.isnan(row["tau_same_model_lr_batch_size"])
+    assert math.isnan(row["tau_same_model_lr_batch_size_high"]) and math.isfinite(row["tau_same_model_batch_size"])
+
+
+def test_resamples_equal_loops_over_the_copies():
+    table = pd.DataFrame([row for row in noisy(ties=True, holes=5) if row["a"] is not None and math.isfinite(row["a"])])
+    rows, n = table.to_dict("records"), len(table)
+    i, j, _ = ranks.matched(table)
+    draws = ranks.draw(np.arange(n), np.zeros(n), 10, np.random.default_rng(1))
+    assert (draws[:, 0] == 1).all() and (draws.sum(axis=0) == n).all()
+    others = [name for name in AXES if name != "lr"]
+    group = table.groupby(others).ngroup().to_numpy()
+    own = group[i] == group[j]
+    tau = ranks.tau(ranks.agreement(table, "gap", ["a"], i, j), i, j, draws)[0]
+    psi = ranks.tau(ranks.agreement(table, "gap", ["a"], i[own], j[own]), i[own], j[own], draws, group[i[own]])[0]
+    for r, times in enumerate(draws.T.astype(int)):
+        pairs = [(a, b) for a, b in itertools.combinations(np.repeat(np.arange(n), times), 2) if a != b]
+        assert tau[r] == pytest.approx(np.mean([agreement(rows[a], rows[b]) for a, b in pairs]))
+        values = {}
+        for a, b in pairs:
+            if share(rows[a], rows[b], others):
+                values.setdefault(group[a], []).append(agreement(rows[a], rows[b]))
+        assert psi[r] == pytest.approx(np.mean([np.mean(of_group) for of_group in values.values()]))
+
+
+def test_a_bootstrap_draws_settings_with_all_their_seeds_inside_strata():
+    setting, stratum = np.repeat(np.arange(6), 3), np.repeat([0, 1], 9)
+    draws = ranks.draw(setting, stratum, 50, np.random.default_rng(0)).reshape(6, 3, 51)
+    assert (draws == draws[:, :1]).all() and (draws[:3, 0].sum(axis=0) == 3).all() and (draws[3:, 0].sum(axis=0) == 3).all()
+
+
+def test_no_interval_has_no_width():
+    rng = np.random.default_rng(0)
+    table = [{"x": x, "gap": rng.normal(), "a": rng.normal()} for x in range(3) for _ in range(8)]
+    row = one(table, axes=["x"], same=[("x",)])
+    assert row["tau_same_x_low"] < row["tau_same_x"] < row["tau_same_x_high"]
+    row = one(table[:8], axes=["x"])
+    assert math.isfinite(row["tau"]) and math.isnan(row["tau_low"]) and math.isnan(row["tau_high"])
+
+
+def test_the_gap_of_another_seed():
+    """Gaps that settings decide alone are ranked by another seed's; between seeds of one setting there is no such pair."""
+    table = [row | {"gap": 10 * k // 2 + k % 2 / 10} for k, row in enumerate(noisy(2))]
+    assert [row["measure"] for row in correlate(noisy(), AXES, "gap", ["a"], resamples=9)] == ["a"]
+    _, other = correlate(table, AXES, "gap", ["a"], resamples=9)
+    assert other["measure"] == "baseline_other_seed" and other["tau"] == 1 and other["pairs"] == math.comb(64, 2) - 32
+    assert one(table, same=[tuple(AXES)])["pairs_same_model_lr_batch_size_dropout"] == 32
+
+
+def test_srr_against_its_rivals():
+    """srr ranks like the gap, `near` has two neighbours the wrong way round; parts of SRR and baselines are no rivals."""
+    names = ["srr", "srr_rate", "baseline_x", "params", "near", "params_far"]
+    table = [row | dict.fromkeys(names[:4], row["gap"]) for row in noisy()]
+    order = np.argsort([row["gap"] for row in table])
+    for rank, k in enumerate(order):
+        table[k] |= {"near": rank, "params_far": -rank}
+    table[order[0]]["near"], table[order[1]]["near"] = 1, 0
+    srr, *_, near, far = correlate(table, AXES, "gap", names, resamples=400)
+    assert srr["lead"] == pytest.approx(2 / math.comb(32, 2)) and srr["lead_rival"] == "near"
+    assert srr["lead_low"] == 0 and srr["lead_high"] > srr["lead"] and "lead" not in near
+    assert srr["share_first"] == pytest.approx((1 - (1 - 1 / 32) ** 32) ** 2, abs=0.08)  # both neighbours are drawn
+    assert srr["lead_same_model"] == pytest.approx(1 - near["tau_same_model"])
+    assert srr["lead_psi_model"] == pytest.approx(1 - near["psi_model"])
+    srr, far = correlate(table, AXES, "gap", ["srr", "params_far"], resamples=9)
+    assert srr["lead"] == 2 and srr["share_first"] == 1
+
+
+@pytest.mark.parametrize("same", SHARED.values())
+@pytest.mark.parametrize("ties", (False, True))
+def test_spread_is_that_of_permuted_gaps(same, ties):
+    table, rng = pd.DataFrame(noisy(ties=ties)), np.random.default_rng(0)
+    i, j, _ = ranks.matched(table, same)
+    a, taus = table["a"].to_numpy(), []
+    place = table.groupby([*same]).ngroup().to_numpy() if same else np.zeros(len(table))
+    for _ in range(4000):
+        gap = np.empty(len(table))
+        gap[np.argsort(place, kind="stable")] = np.lexsort((rng.random(len(table)), place))  # random inside what is shared
+        taus.append(np.mean(np.sign(a[i] - a[j]) * np.sign(gap[i] - gap[j])))
+    assert ranks.spread(table, "a", i, j) == pytest.approx(np.std(taus), rel=0.05)
+    if not same and not ties:
+        assert ranks.spread(table, "a", i, j) ** 2 == pytest.approx(2 * (2 * 32 + 5) / (9 * 32 * 31))
+
+
+def test_pooled():
+    rng = np.random.default_rng(0)
+    taus, spreads = rng.normal(0.3, 0.1, (3, 1001)), np.array([0.1, 0.2, 0.4])
+    taus[2, 5] = math.nan
+    weights = np.array([16, 4, 1]) / 21
+    tau, low, high, p = ranks.pooled(taus, spreads)
+    assert tau == pytest.approx(weights @ taus[:, 0])
+    assert high - low == pytest.approx(2 * 1.96 * 0.1 * math.sqrt(weights @ weights), rel=0.1)
+    assert p == pytest.approx(stats.chi2.sf(sum((taus[:, 0] - tau) ** 2 / spreads**2), 2))
+    assert ranks.pooled(taus[:1], spreads[:1])[0] == taus[0, 0]
+
+
+def test_constant_and_missing_measures():
+    table = [row | {"constant": 3.0, "none": None, "srr": None} for row in noisy()]
+    table[5]["gap"] = math.nan
+    constant, none, srr, a = correlate(table, AXES, "gap", ["constant", "none", "srr", "a"], resamples=100)
+    assert constant["tau"] == constant["tau_low"] == constant["Psi"] == 0 and constant["models"] == a["models"] == 31
+    assert none["models"] == none["pairs"] == 0 and math.isnan(none["tau"]) and math.isnan(srr["lead"])
+
+
+def test_bad_tables_raise():
+    with pytest.raises(ValueError, match="^2 models with a finite gap; .* 3 or more"):
+        one(noisy()[:2])
+
+
+@pytest.mark.slow
+def test_intervals_cover_about_as_often_as_they_claim():
+    """32 models of a bivariate normal: tau is 2/pi arcsin(rho), and so are every psi and tau within types."""
+    rng, rho, repeats = np.random.default_rng(0), 0.6, 400
+    true, table = 2 / math.pi * math.asin(rho), noisy()
+    covered = {"tau": 0, "Psi": 0, "tau_same_model": 0}
+    for _ in range(repeats):
+        for row, (x, y) in zip(table, rng.normal(size=(32, 2))):
+            row |= {"gap": x, "a": rho * x + math.sqrt(1 - rho**2) * y}
+        result = one(table, resamples=1000)
+        for key in covered:
+            covered[key] += result[f"{key}_low"] <= true <= result[f"{key}_high"]
+    assert 0.91 <= covered["tau"] / repeats <= 0.98, covered
+    assert 0.93 <= covered["Psi"] / repeats <= 1.0, covered  # a resample loses groups of pairs
+    assert 0.85 <= covered["tau_same_model"] / repeats <= 0.98, covered
