@@ -1,8 +1,9 @@
 """Complexity measures of a trained classifier (Section 5, Tables 1, 5): a model and images in, numbers out.
 
-J-eq. numbers are those of Jiang et al. 2019, "Fantastic Generalization Measures and Where to Find Them". Norms are taken in
-float64. Measuring changes no parameter, mode or random state: perturbed weights enter by `torch.func.functional_call`, noise
-comes from a generator of its own. `chunk`, the images of one forward pass, bounds memory and changes results by rounding alone.
+J-eq. numbers are those of Jiang et al. 2019, "Fantastic Generalization Measures and Where to Find Them". Values mu are raw,
+without the sqrt(mu / m) of that paper, which changes no rank. Measuring changes no parameter, mode or random state: perturbed
+weights enter by `torch.func.functional_call`, noise comes from a generator of its own. `chunk`, the images of one forward pass,
+bounds memory and changes results by rounding alone.
 """
 
 import copy
@@ -16,8 +17,7 @@ from scipy.optimize import brentq
 from torch import nn
 from torch.func import functional_call
 
-from crate.rates import coding_rate, split_heads
-from crate.srr import evaluating, layer_srr, record
+from crate.srr import evaluating, layer_srr
 
 # What can be asked for, and a measure that each group has of every model.
 GROUPS = {
@@ -31,15 +31,10 @@ STEEPNESS = 3.0  # typical, of the drop's logit over the scale's logarithm
 DIRECTIONS = 10  # of noise, drawn once per model
 EPS = 1e-3  # of the magnitude-aware noise and bounds
 ASCENT_STEPS = 4  # of sharpness
-LAMBDAS, GAMMAS = (0, 0.2, 0.5, 1), (0.1, 10)  # of SRR, beside 0.1 and 1: ranks may depend on them
-EPS_RELEASED = 0.01  # of the released CRATE's R^c
 
 
 class Prepared:
-    """Images (m, C, H, W) with a tensor's `len` and `split`, whose parts go through `prepare` as they are read.
-
-    Bytes take a quarter of the memory of what the model sees, or less.
-    """
+    """Images (m, C, H, W) with a tensor's `len` and `split`, whose parts go through `prepare` only as they are read."""
 
     def __init__(self, images, prepare):
         self.images, self.prepare = images, prepare
@@ -51,7 +46,7 @@ class Prepared:
         return map(self.prepare, self.images.split(chunk))
 
 
-# Norms, distances and bounds (measures.md 2 to 5)
+# Norms, distances and bounds
 
 
 def counted_weights(model):
@@ -69,44 +64,46 @@ def perturbed_parameters(model):
 
 
 def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
-    """The measures that need only weights and these scalars: {name: float}, raw values (no sqrt(mu / m)), float64.
+    """The measures that need only weights and these scalars: {name: float}.
 
-    weights: the counted matrices W_1..W_d, a sequence or {name: matrix}; initial: the same matrices at initialisation;
+    weights: the counted matrices W_1..W_d, a sequence or {name: matrix}; initial: the same matrices at initialisation, W0_i;
     margin: gamma, <= 0 makes the measures over the margin NaN; examples: m; sigma, sigma_mag: the noise scales at which
     training accuracy has dropped by 0.1. None for initial, margin or a scale leaves out the measures that need it.
+    In float64 on the CPU, where singular values take less time than on a GPU. Norms are squared before every use, as in the
+    code of Dziugaite et al. 2020: fro is ||W_i||_F^2, spec ||W_i||_2^2.
     """
-    if isinstance(weights, dict):
-        if initial is not None:
-            initial = [initial[name] for name in weights]
-        weights = weights.values()
-    weights = [torch.as_tensor(w).double() for w in weights]
-    d, omega = len(weights), sum(w.numel() for w in weights)
 
-    def fro(matrices):
+    def matrices(source):
+        values = [source[name] for name in weights] if isinstance(source, dict) else source
+        return [torch.as_tensor(w).cpu().double() for w in values]
+
+    def squared_fro(matrices):
         return torch.stack([w.square().sum() for w in matrices])
 
-    def spec(matrices):
+    def squared_spec(matrices):
         return torch.stack([torch.linalg.svdvals(w)[0].square() for w in matrices])
 
-    fro_w, spec_w = fro(weights), spec(weights)
+    trained = matrices(weights)
+    d, omega = len(trained), sum(w.numel() for w in trained)
+    fro, spec = squared_fro(trained), squared_spec(trained)
     measures = {
         "params": omega,  # J-eq. 20
-        "l2": fro_w.sum().sqrt(),
-        "param_norm": fro_w.sum(),  # J-eq. 42
-        "log_prod_of_fro": fro_w.log().sum(),  # J-eq. 37
-        "log_sum_of_fro": math.log(d) + fro_w.log().mean(),  # J-eq. 39: d times the geometric mean
-        "log_prod_of_spec": spec_w.log().sum(),  # J-eq. 32
-        "log_sum_of_spec": math.log(d) + spec_w.log().mean(),  # J-eq. 35
-        "sum_of_spec_literal": spec_w.sum(),
-        "fro_over_spec": (fro_w / spec_w).sum(),  # J-eq. 33
+        "l2": fro.sum().sqrt(),
+        "param_norm": fro.sum(),  # J-eq. 42
+        "log_prod_of_fro": fro.log().sum(),  # J-eq. 37
+        "log_sum_of_fro": math.log(d) + fro.log().mean(),  # J-eq. 39: d times the geometric mean
+        "log_prod_of_spec": spec.log().sum(),  # J-eq. 32
+        "log_sum_of_spec": math.log(d) + spec.log().mean(),  # J-eq. 35
+        "sum_of_spec_literal": spec.sum(),  # the sum itself: at equal d "sum" and "prod" rank alike
+        "fro_over_spec": (fro / spec).sum(),  # J-eq. 33
     }
-    squares = {"orig": fro_w}  # what the bounds are made of: ||W_i||_F^2, ||W_i - W0_i||_F^2
+    numerators = {"orig": fro}  # of the bounds: ||W_i||_F^2, ||W_i - W0_i||_F^2
     if initial is not None:
-        moved = [w - torch.as_tensor(w0).double() for w, w0 in zip(weights, initial, strict=True)]
-        squares["init"] = fro(moved)
-        measures["l2_dist"] = squares["init"].sum().sqrt()
-        measures["fro_dist"] = squares["init"].sum()  # J-eq. 40
-        measures["dist_spec_init"] = spec(moved).sum()  # J-eq. 41
+        moved = [w - w0 for w, w0 in zip(trained, matrices(initial), strict=True)]
+        numerators["init"] = squared_fro(moved)
+        measures["l2_dist"] = numerators["init"].sum().sqrt()
+        measures["fro_dist"] = numerators["init"].sum()  # J-eq. 40
+        measures["dist_spec_init"] = squared_spec(moved).sum()  # J-eq. 41
     if margin is not None:
         gamma = margin if margin > 0 else math.nan
         measures["inverse_margin"] = 1 / gamma / gamma  # J-eq. 22
@@ -114,16 +111,16 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
             over_margin = measures[f"log_prod_of_{norm}"] - 2 * math.log(gamma)
             measures[f"log_prod_of_{norm}_over_margin"] = over_margin  # J-eqs. 36, 31
             measures[f"log_sum_of_{norm}_over_margin"] = math.log(d) + over_margin / d  # J-eqs. 38, 34
-        for name, square in squares.items():  # J-eqs. 30, 29
-            measures[f"log_spec_{name}_main"] = measures["log_prod_of_spec_over_margin"] + (square / spec_w).sum().log()
+        for name, square in numerators.items():  # J-eqs. 30, 29
+            measures[f"log_spec_{name}_main"] = measures["log_prod_of_spec_over_margin"] + (square / spec).sum().log()
     if sigma is not None:
-        for name, square in squares.items():  # J-eqs. 49, 48
+        for name, square in numerators.items():  # J-eqs. 49, 48
             measures[f"pacbayes_{name}"] = square.sum() / (4 * sigma**2) + math.log(examples / sigma) + 10
         measures["pacbayes_flatness"] = 1 / sigma**2  # J-eq. 53
     if sigma_mag is not None:
         if initial is not None:
             denominators = sum((EPS**2 + sigma_mag**2 * w.square()).log().sum() for w in moved)
-            for name, square in squares.items():  # J-eqs. 57, 56
+            for name, square in numerators.items():  # J-eqs. 57, 56
                 numerator = (EPS**2 + (sigma_mag**2 + 1) * square.sum() / omega).log()
                 bound = (omega * numerator - denominators) / 4
                 measures[f"pacbayes_mag_{name}"] = bound + math.log(examples / sigma_mag) + 10
@@ -131,7 +128,7 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
     return {name: float(mu) for name, mu in measures.items()}
 
 
-# Logits and margin (measures.md 2)
+# Logits, accuracy, margin
 
 
 def logits(model, weights, images, chunk):
@@ -144,21 +141,19 @@ def accuracy(model, weights, images, labels, chunk=256):
     return (logits(model, weights, images, chunk).argmax(1) == labels).double().mean()
 
 
-def margins(outputs, labels):
-    """f(x)_y - max_{j != y} f(x)_j of logits f(x) (m, classes), labels (m,): (m,)."""
-    own = labels[:, None]
-    others = outputs.scatter(1, own, -math.inf).amax(1)
-    return outputs.gather(1, own)[:, 0] - others
-
-
 def margin(model, images, labels, chunk=256):
-    """gamma: the k-th smallest margin over the images, k = floor(m / 10) and at least 1. It may be negative."""
+    """gamma: the k-th smallest of f(x)_y - max_{j != y} f(x)_j over the images, k = floor(m / 10) and at least 1.
+
+    It may be negative.
+    """
     with evaluating(model):
-        of_images = margins(logits(model, {}, images, chunk).double(), labels)
-    return of_images.kthvalue(max(1, len(labels) // 10)).values.item()
+        outputs = logits(model, {}, images, chunk).double()
+    own = labels[:, None]
+    margins = outputs.gather(1, own)[:, 0] - outputs.scatter(1, own, -math.inf).amax(1)
+    return margins.kthvalue(max(1, len(labels) // 10)).values.item()
 
 
-# Path-norm (measures.md 4)
+# Path-norm
 
 
 def without_layernorm(model):
@@ -174,10 +169,9 @@ def path_norm(model, image_shape, effective=True):
     """Path-norm (J-eq. 44): the logits of an all-ones image (C, H, W), summed, in float64, with everything squared.
 
     LayerNorm is the identity, positions and CLS are zero, the softmax stays; squares of biases and of a fixed output matrix
-    are included. effective=False squares the parameters in an otherwise unchanged forward pass (so ISTA and CRATE-N keep
-    their minus signs, and it may be zero or negative). effective=True squares each *effective* matrix: ISTA becomes
-    ReLU((M * M) z) with M = I + beta (D^T - D^T D), without threshold, and every residual
-    adds, the variant's step size squared.
+    are included. effective=True squares what multiplies the tokens: the variant's step size, and in ISTA the matrix M, not D:
+    ReLU((M * M) z) without threshold. effective=False squares the parameters alone, so that ISTA and CRATE-N keep their minus
+    signs, and it may be zero or negative.
     """
     squared = without_layernorm(model)
     with evaluating(squared):
@@ -194,7 +188,7 @@ def path_norm(model, image_shape, effective=True):
         return squared(squared.cls_token.new_ones(1, *image_shape)).sum().item()
 
 
-# Scales of noise and of ascent (measures.md 5). On CUDA a search waits for the device once per drop.
+# Scales of noise and of ascent. On CUDA a search waits for the device once per drop.
 
 
 def _logit(p):
@@ -288,60 +282,34 @@ def sharpness_radius(model, images, labels, chunk=256):
         return find_scale(drop, 1.5e-3, 1e-5, 0.1)
 
 
-# SRR (Eq. 11, measures.md 6)
-
-
-def released_rates(model, images, chunk=256):
-    """R^c of what enters each layer, as the released CRATE's own hook takes it: L floats, in nats, averaged over the images.
-
-    sum_k 1/2 logdet(I + p / (N eps) V_k^T V_k), the columns of V_k = U_k^T LN(Z) scaled to norm 1, or left at 0; eps = 0.01 is
-    not squared there. Source: vis_utils/coding_rate.py and vis_utils/crate_hook.py of github.com/Ma-Lab-Berkeley/CRATE.
-    Raises ValueError where tokens are not finite (NaN instead on CUDA).
-    """
-    sums = [0.0] * len(model.layers)
-    with evaluating(model):
-        for part in images.split(chunk):
-            with record([layer.norm1 for layer in model.layers]) as (_, normed):
-                model(part)
-            for l, (layer, tokens) in enumerate(zip(model.layers, normed)):
-                V = F.normalize(split_heads(layer.mssa.U(tokens), model.heads), dim=-1)  # (B, K, N, p)
-                N, p = V.shape[-2:]
-                sums[l] += coding_rate(V, p / (N * EPS_RELEASED)).double().sum()
-    return [total.item() / len(images) for total in sums]
+# SRR (Eq. 11)
 
 
 def srr_measures(model, initial, images):
     """SRR (Eq. 11) on the images: {measure: float}, and its parts per layer, a list of dicts.
 
-    `srr` is the measure of the model as it was trained, with lambda = 0.1 and gamma = 1; `srr_lambda_..` and `srr_gamma_..`
-    have another value of one of them. `srr_no_layernorm` has the identity for LayerNorm in the forward pass (of a float64
-    copy); NaN where the tokens then grow beyond what can be factorised. vit, whose U is the query matrix, has `srr_key` and
-    `srr_value` besides. `rate_subspaces_released`: of released_rates. `baseline_srr_init`: `srr` of the initial
-    model, unless that is None. Raises ValueError where the trained or the initial model's tokens are not finite.
+    `srr`: of the model as it was trained, lambda = 0.1 and gamma = 1; beside it its parts, `srr_lambda_0` = R^c - R, and
+    `srr_no_layernorm`, with the identity for LayerNorm in the forward pass (of a float64 copy), NaN where tokens then grow
+    beyond what can be factorised. `baseline_srr_init`: `srr` of the initial model, unless that is None. Raises ValueError where
+    the trained or the initial model's tokens are not finite.
     """
 
     def mean(layers, key="srr"):
         return fmean(layer[key] for layer in layers)
 
-    layers, released = layer_srr(model, images), released_rates(model, images)
+    layers = layer_srr(model, images)
     try:
         bare = layer_srr(without_layernorm(model), Prepared(images, lambda part: part.double()))
     except ValueError:
         bare = [dict.fromkeys(layers[0], math.nan)] * len(layers)
     measures = {"srr": mean(layers)} | {f"srr_{key}": mean(layers, key) for key in ("l0", "rate_subspaces", "rate")}
-    for sparsity in LAMBDAS:
-        measures[f"srr_lambda_{sparsity:g}"] = mean(layers) + (sparsity - 0.1) * mean(layers, "l0")
-    for gamma in GAMMAS:
-        measures[f"srr_gamma_{gamma:g}"] = mean(layer_srr(model, images, gamma=gamma))
-    measures |= {"srr_no_layernorm": mean(bare), "rate_subspaces_released": fmean(released)}
-    if hasattr(model.layers[0].mssa, "key"):
-        measures |= {f"srr_{matrix}": mean(layer_srr(model, images, matrix=matrix)) for matrix in ("key", "value")}
+    measures["srr_lambda_0"] = measures["srr_rate_subspaces"] - measures["srr_rate"]
+    measures["srr_no_layernorm"] = mean(bare)
     if initial is not None:
         measures["baseline_srr_init"] = mean(layer_srr(initial, images))
     parts = []
-    for l, (layer, without, rate) in enumerate(zip(layers, bare, released), start=1):
-        without = {f"{key}_no_layernorm": value for key, value in without.items()}
-        parts.append({"layer": l, **layer, **without, "rate_subspaces_released": rate})
+    for l, (layer, without) in enumerate(zip(layers, bare), start=1):
+        parts.append({"layer": l} | layer | {f"{key}_no_layernorm": value for key, value in without.items()})
     return measures, parts
 
 
@@ -418,12 +386,9 @@ def doubtful(measures, details):
     0.1, a measure that is not finite, a path-norm that is not positive.
     """
     flags = []
-    if "margin" in details and (details["margin"] is None or details["margin"] <= 0):
+    if "margin" in details and not (details["margin"] or 0) > 0:
         flags.append("margin")
     for name in ("sigma", "sigma_mag", "alpha"):
         if name in details and not DROP_RANGE[0] <= details[f"{name}_drop"] <= DROP_RANGE[1]:
             flags.append(name)
-    for name, mu in measures.items():
-        if mu is None or (name.startswith("path_norm") and mu <= 0):
-            flags.append(name)
-    return flags
+    return flags + [name for name, mu in measures.items() if mu is None or (name.startswith("path_norm") and mu <= 0)]

@@ -144,10 +144,10 @@ def _means(sums, images, layer, sparsity):
     return {"l0": l0, "rate_subspaces": rate_subspaces, "rate": rate, "srr": sparsity * l0 + rate_subspaces - rate}
 
 
-def layer_srr(model, images, sparsity=0.1, gamma=1.0, chunk=256, matrix="U"):
+def layer_srr(model, images, sparsity=0.1, gamma=1.0, chunk=256):
     """The SRR measure of every layer's output on images (B, C, H, W), averaged over them, in eval mode (Eq. 11).
 
-    model: of crate.model. matrix: the subspaces, "U" (in vit the query matrix), or vit's "key" or "value".
+    model: of crate.model; in vit U is the query matrix.
     Returns a list over the L layers of {"l0": non-zeros per image, "rate_subspaces": R^c, "rate": R,
     "srr": sparsity * l0 + R^c - R}, rates in nats. Raises ValueError naming the layer whose tokens are not finite.
     """
@@ -155,7 +155,7 @@ def layer_srr(model, images, sparsity=0.1, gamma=1.0, chunk=256, matrix="U"):
     with evaluating(model):
         for some in images.split(chunk):
             for l, tokens in enumerate(model.layer_outputs(some)):
-                U = getattr(model.layers[l].mssa, matrix).weight.mT
+                U = model.layers[l].mssa.U.weight.mT
                 with _naming(l):
                     sums[l] += torch.stack(parts(tokens, U, model.heads, gamma)).double().sum(1)
     return [_means(total, len(images), l, sparsity) for l, total in enumerate(sums)]

@@ -26,7 +26,7 @@ from crate.srr import layer_srr, operator_rates, record, srr
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SRR_IMAGES = 512  # layer-wise SRR is logged on the first so many training and validation images
-# Below a loss of x the stopping criterion is checked n times an epoch, so that fast runs don't overshoot (measures.md 1.1).
+# Below a loss of x the stopping criterion is checked n times an epoch (Dziugaite et al. 2020): fast runs don't overshoot.
 CHECKS_PER_EPOCH = ((0.015, 8), (0.025, 4), (0.05, 2))
 
 

@@ -168,18 +168,18 @@ def test_second_derivatives_of_the_measure():
 
 
 @pytest.mark.parametrize("options", [{}, {"sparsity": 0.7, "gamma": 0.4}], ids=["default", "other"])
-@pytest.mark.parametrize("variant, matrix", [*((name, "U") for name in VARIANTS), ("vit", "key"), ("vit", "value")])
-def test_measure_of_every_layer(variant, matrix, options):
+@of_variants
+def test_measure_of_every_layer(variant, options):
     model, images = small_model(variant), images_for()
     _, _, outputs = expected_outputs(model, variant, images)
-    measured = layer_srr(model, images, chunk=4, matrix=matrix, **options)
+    measured = layer_srr(model, images, chunk=4, **options)
     assert len(measured) == DEPTH
     for l, row in enumerate(measured):
-        U = getattr(model.layers[l].mssa, matrix).weight.mT
+        U = model.layers[l].mssa.U.weight.mT
         expected = reference.srr_parts(outputs[l + 1], U, HEADS, **options)  # outputs[0] is Z^0
         for part in PARTS:
             assert_close(row[part], expected[part], 1e-10)
-    for row, wide in zip(layer_srr(model.float(), images.float(), matrix=matrix, **options), measured):
+    for row, wide in zip(layer_srr(model.float(), images.float(), **options), measured):
         assert row == pytest.approx(wide, rel=1e-4, abs=1e-3)
 
 
