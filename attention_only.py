@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from crate import figures
 from crate.cli import InputError, Parser, number, path, run, write_text
-from crate.compression import RULES, compress
+from crate.compression import RULES, rates_along
 from crate.rates import log_approximations
 from crate.report import attention_table
 
@@ -44,7 +44,7 @@ def main():
     settings["dtype"] = getattr(torch, settings["dtype"])
     rules = tqdm(RULES, unit="rule", leave=False)
     try:
-        rows = [row for rule in rules for seed in seeds for row in compress(rule, seed, **settings)]
+        rows = [row for rule in rules for seed in seeds for row in rates_along(rule, seed, **settings)]
     except ValueError as error:
         raise InputError(f"--width, --heads: {error}")
     out.mkdir(parents=True, exist_ok=True)

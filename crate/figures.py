@@ -64,7 +64,7 @@ def save(figure, path):
 
 def rates_by_layer(rates, titles, path):
     """R^c before and after every compression step, mean over seeds with the range shaded, up to where a seed overflows
-    (Figs. 1a, 5). rates: rows of crate.compression.compress; titles: {rule: title}, a panel each.
+    (Figs. 1a, 5). rates: rows of crate.compression.rates_along; titles: {rule: title}, a panel each.
     """
     figure, axes = grid(len(titles), min(len(titles), 3))
     shown = {"before": ("before the step", GREY, "o-"), "after": ("after the step", COLOURS["crate-n"], "s-")}

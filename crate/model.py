@@ -50,7 +50,7 @@ def exact_step(mssa, tokens, drop):
 
 
 def standard_attention(mssa, tokens, drop):
-    """A standard transformer's, whose query matrix is U."""
+    """A standard transformer's, whose query matrix is U. Second derivatives: see kernels.self_attention."""
     query, key, value = (split_heads(matrix(tokens), mssa.heads) for matrix in (mssa.U, mssa.key, mssa.value))
     return F.scaled_dot_product_attention(query, key, value, dropout_p=drop, scale=mssa.scale)
 

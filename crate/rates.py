@@ -23,7 +23,13 @@ def merge_heads(tokens):
 
 
 def subspaces(tokens, U, heads):
-    """V_k = U_k^T Z of tokens (..., N, d) and U (d, d): (..., K, N, p)."""
+    """V_k = U_k^T Z of tokens (..., N, d) and U (d, d): (..., K, N, p). Raises ValueError where a shape doesn't fit."""
+    if U.ndim != 2 or U.shape[0] != U.shape[1]:
+        raise ValueError(f"U must be (d, d), its columns [U_1 .. U_K], not {tuple(U.shape)}; of a qkv.weight: weight[:d].mT")
+    if tokens.ndim < 2 or tokens.shape[-1] != len(U):
+        raise ValueError(f"tokens must be (..., N, d) with d = {len(U)} as in U, not {tuple(tokens.shape)}")
+    if heads < 1 or len(U) % heads:
+        raise ValueError(f"width {len(U)} is not divisible by heads {heads}")
     return split_heads(tokens @ U, heads)
 
 
@@ -31,8 +37,10 @@ def coding_rate(tokens, coefficient):
     """R(Z) = 1/2 logdet(I + c Z^T Z) (Eq. 1) of tokens (..., N, d): (...).
 
     `coefficient` is c = d / (N eps^2), a float. Raises ValueError where tokens are not finite, or too large and too alike for
-    float64 (on CUDA, which is not waited for, the rate is NaN instead).
+    float64 (on CUDA, which is not waited for, the rate is NaN instead), or have no token axis.
     """
+    if tokens.ndim < 2:
+        raise ValueError(f"tokens must be (..., N, d), not {tuple(tokens.shape)}")
     return log_det(tokens, coefficient) / 2
 
 
@@ -40,7 +48,7 @@ def coding_rate(tokens, coefficient):
 def subspace_coding_rate(tokens, U, heads, gamma=1.0):
     """R^c(Z; U) = sum_k 1/2 logdet(I + gamma (U_k^T Z)^T U_k^T Z) (Eq. 1) of tokens (..., N, d): (...).
 
-    Differentiable in tokens and U (d, d). Raises ValueError as coding_rate does.
+    Differentiable in tokens and U (d, d). Raises ValueError as coding_rate does, and where shapes don't fit.
     """
     return coding_rate(subspaces(tokens, U, heads), gamma).sum(-1)
 

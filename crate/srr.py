@@ -27,24 +27,17 @@ class Parts(NamedTuple):
 def parts(tokens, U, heads, gamma=1.0):
     """||Z||_0, R^c(Z; U) and R(Z) (Eq. 1) of tokens (B, N, d), per image. One eps for both rates: R's coefficient is K gamma.
 
-    U: (d, d), its columns [U_1 .. U_K]. gamma = p / (N eps^2) with p = d / K; the paper sets it to 1, whatever N. Raises
-    ValueError where shapes don't fit, or tokens are not finite (NaN instead on CUDA).
+    U: (d, d), its columns [U_1 .. U_K]. gamma = p / (N eps^2) with p = d / K; the paper sets it to 1, whatever N. In float64
+    where tokens or U are, else in float32. Raises ValueError where shapes don't fit, or tokens are not finite (NaN instead on
+    CUDA).
     """
-    _check(tokens, U, heads)
+    if tokens.ndim > 3:
+        raise ValueError(f"tokens must be (B, N, d), not {tuple(tokens.shape)}: of (B, H, W, d) take tokens.flatten(1, 2)")
     if U.dtype == torch.float64:
         tokens = tokens.double()
+    rate_subspaces = subspace_coding_rate(tokens, U, heads, gamma)
     rate = coding_rate(tokens, heads * gamma)
-    return Parts((tokens != 0).sum((-2, -1)).to(rate.dtype), subspace_coding_rate(tokens, U, heads, gamma), rate)
-
-
-def _check(tokens, U, heads):
-    if U.ndim != 2 or U.shape[0] != U.shape[1]:
-        raise ValueError(f"U must be (d, d), its columns [U_1 .. U_K], not {tuple(U.shape)}; of a qkv.weight: weight[:d].mT")
-    if tokens.ndim not in (2, 3) or tokens.shape[-1] != len(U):
-        image = ": take tokens.flatten(1, 2)" if tokens.ndim == 4 else ""
-        raise ValueError(f"tokens must be (B, N, d) with d = {len(U)} as in U, not {tuple(tokens.shape)}{image}")
-    if heads < 1 or len(U) % heads:
-        raise ValueError(f"width {len(U)} is not divisible by heads {heads}")
+    return Parts((tokens != 0).sum((-2, -1)).to(rate.dtype), rate_subspaces, rate)
 
 
 def srr(tokens, U, heads, *, sparsity=0.1, gamma=1.0, norm="l0"):
@@ -70,22 +63,32 @@ def record(layers):
     fills both lists, one tensor a layer, in the order of `layers`: copies, so that they are what was there at that moment,
     whoever writes in place, with their graph. Of a layer that takes or returns several things the first counts, or what is
     called last_hidden_state. The hooks are gone after the block, also after an error.
-    Raises ValueError where a layer occurs or is called twice, and, after the block, where one has no tensor.
+    Raises ValueError where a layer occurs or is called twice, and, after the block, where one has no tensor: it says why.
     """
     layers = list(layers) if hasattr(layers, "__iter__") else [None]
     if not all(isinstance(layer, nn.Module) for layer in layers):
         raise ValueError("record takes a list of modules: record([module])")
     names = [f"layers[{place}] ({type(layer).__name__})" for place, layer in enumerate(layers)]
-    inputs, outputs, handles, called = [None] * len(layers), [None] * len(layers), [], set()
+    inputs, outputs, handles, called, wrong = [None] * len(layers), [None] * len(layers), [], set(), []
+
+    def keep(tensors, place, value, verb):
+        value = getattr(value, "last_hidden_state", value)
+        if isinstance(value, (tuple, list)) and value:
+            value = value[0]
+        if isinstance(value, torch.Tensor) and not value.is_nested:
+            tensors[place] = value.clone()
+        else:
+            kind = "nested tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+            wrong.append(f"{names[place]} {verb} a {kind}")
 
     def enter(place, module, arguments, keywords):
         if module in called:
             raise ValueError(f"record: {names[place]} is called twice in the block, or listed twice: which one is meant?")
         called.add(module)
-        inputs[place] = _copy((*arguments, *keywords.values()))
+        keep(inputs, place, (*arguments, *keywords.values()), "takes")
 
     def leave(place, module, arguments, result):
-        outputs[place] = _copy(result)
+        keep(outputs, place, result, "returns")
 
     try:
         for place, layer in enumerate(layers):
@@ -95,23 +98,15 @@ def record(layers):
     finally:
         for handle in handles:
             handle.remove()
-    empty = [name for name, *pair in zip(names, inputs, outputs) if any(tensor is None for tensor in pair)]
-    if empty:
-        raise ValueError(f"record: no tensor of {', '.join(empty)}. {WHY_NOT}")
+    wrong += [f"{name} wasn't called" for name, layer in zip(names, layers) if layer not in called]
+    if wrong:
+        raise ValueError(f"record found no tensor: {', '.join(wrong)}. {ADVICE}")
 
 
-WHY_NOT = (
-    "Was it called in the block? A network that was compiled before doesn't see new hooks: run the original. "
-    "nn.TransformerEncoder passes nested tensors where there is a padding mask: torch.backends.mha.set_fastpath_enabled(False)."
+ADVICE = (
+    "A network that was compiled before doesn't see new hooks: run the original. nn.TransformerEncoder passes nested tensors "
+    "where there is a padding mask: torch.backends.mha.set_fastpath_enabled(False)."
 )
-
-
-def _copy(value):
-    """A copy of a tensor, or of the first of several; None of anything else."""
-    value = getattr(value, "last_hidden_state", value)
-    if isinstance(value, (tuple, list)) and value:
-        value = value[0]
-    return value.clone() if isinstance(value, torch.Tensor) and not value.is_nested else None
 
 
 @contextmanager

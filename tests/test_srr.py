@@ -123,17 +123,23 @@ def test_what_record_refuses():
         one(one(Z))
     with pytest.raises(ValueError, match=r"layers\[1\] \(Residual\) is .* listed twice"), record([one, one]):
         one(Z)
-    with pytest.raises(ValueError, match=r"no tensor of layers\[0\] \(Residual\), layers\[2\] \(Identity\)\. Was it called"):
-        with record([one, other, nn.Identity()]):
-            other(Z)
+    reason = r"layers\[3\] \(Identity\) takes a dict, .* returns a dict, layers\[0\] \(Residual\) wasn't called, layers\[2\]"
+    with pytest.raises(ValueError, match=reason), record([one, other, nn.Identity(), same := nn.Identity()]):
+        same({"tokens": other(Z)})
     assert torch.equal(one(one(Z)), one(one(Z)))  # the hooks are gone
 
 
-def test_record_names_the_fast_path_of_torch():
+def test_record_says_what_hides_tensors():
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     encoder, mask = nn.TransformerEncoder(layer, 2).eval(), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    with pytest.raises(ValueError, match="set_fastpath_enabled"), torch.no_grad(), record(encoder.layers):
-        encoder(torch.randn(2, 5, 4), src_key_padding_mask=mask)
+    with pytest.raises(ValueError, match="takes a nested tensor, .*set_fastpath_enabled"), torch.no_grad():
+        with record(encoder.layers):
+            encoder(torch.randn(2, 5, 4), src_key_padding_mask=mask)
+    network, Z = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 5, 4)
+    compiled = torch.compile(network, backend="eager")
+    compiled(Z)
+    with pytest.raises(ValueError, match=r"\(Linear\) wasn't called\. .* compiled before"), record(network):
+        compiled(Z)
 
 
 def test_shapes_that_do_not_fit():
@@ -142,8 +148,8 @@ def test_shapes_that_do_not_fit():
         for tokens, matrix, heads, reason in [
             (Z, torch.randn(12, 36), 3, r"U must be \(d, d\).* not \(12, 36\)"),
             (Z, torch.randn(12), 3, r"U must be \(d, d\).* not \(12,\)"),
-            (torch.randn(2, 4, 4, 12), U, 3, r"tokens must be \(B, N, d\) .*\(2, 4, 4, 12\): take tokens.flatten\(1, 2\)"),
-            (torch.randn(12), U, 3, r"tokens must be \(B, N, d\)"),
+            (torch.randn(2, 4, 4, 12), U, 3, r"tokens must be \(B, N, d\), .*\(2, 4, 4, 12\): .* tokens.flatten\(1, 2\)"),
+            (torch.randn(12), U, 3, r"tokens must be \(..., N, d\)"),
             (torch.randn(2, 16, 8), U, 2, r"d = 12 as in U, not \(2, 16, 8\)"),
             (Z, U, 5, "width 12 is not divisible by heads 5"),
             (Z, U, 0, "heads 0"),
