@@ -49,7 +49,7 @@ def parse_arguments():
         parser.add_argument(flag, help=help.lstrip(" ,"), **options)
 
     presets = ("auto", *PRESETS)
-    add("--preset", "auto: paper where CUDA is present, else laptop (default: auto)", choices=presets, default="auto")
+    add("--preset", "auto: paper where the device is a GPU, else laptop (default: auto)", choices=presets, default="auto")
     add("--model", "those below", choices=tuple(VARIANTS), metavar="MODEL")
     add("--dataset", f"{', '.join(DATASETS)}, or a folder of images: FOLDER/train/CLASS/*, FOLDER/test/CLASS/*")
     add("--data-dir", "where data sets are looked for and downloaded to (default: data)", type=path, default=Path("data"))
@@ -82,8 +82,8 @@ def parse_arguments():
     add("--seed", "own: one that no other setting has", type=seed)
     random = "N random settings for each model: lr, dropout and weight decay between the values given"
     add("--draw", random, type=positive, metavar="N")
-    saving = "save after an epoch if the last time is so long ago (default: 10)"
-    add("--save-every", saving, type=not_negative, default=10.0, metavar="SECONDS")
+    saving = "save after an epoch if the last time is so long ago (default: 60 on CUDA, 10 on a CPU)"
+    add("--save-every", saving, type=not_negative, metavar="SECONDS")
     add("--device", "cpu, cuda, cuda:1 ... (default: cuda where present)", default="auto")
     add("--amp", "auto: bf16 on CUDA, off on CPU (default: auto)", choices=("auto", "off", "bf16", "fp16"), default="auto")
     add("--no-graph", "on CUDA, launch each kernel of a step, not one CUDA graph", action="store_false", dest="graph")
@@ -148,9 +148,11 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     device, preset, amp, (rank, world) = resolve_device(device), arguments["preset"], arguments["amp"], ranks()
     if preset == "auto":
-        preset = "paper" if torch.cuda.is_available() else "laptop"
+        preset = "paper" if device.type == "cuda" else "laptop"
     if amp == "auto":
         amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+    if arguments["save_every"] is None:
+        arguments["save_every"] = 60.0 if device.type == "cuda" else 10.0
     flags = {key: value for key, value in arguments.items() if key in DEFAULTS and value is not None}
     others = {key: arguments[key] for key in ("data_dir", "draw", "graph", "save_every")}
     configs = resolve(flags, preset=preset, device=device, amp=amp, processes=world, **others)

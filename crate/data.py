@@ -21,6 +21,10 @@ CLASS_FOLDERS = "FOLDER/train/CLASS/* and FOLDER/test/CLASS/* (or val, valid)"
 ORDER, AUGMENTATION, DROPOUT = range(3)  # what a seed is for
 VALUES_AT_ONCE = 2**22  # that are augmented together, 1,365 images of 3 x 32 x 32: more fit no cache, fewer cost more calls
 
+# torchvision's augmentation waits for its stream: on one of its own, not for the training steps. One for the whole process:
+# the allocator and the libraries keep memory for each.
+side_stream = lru_cache(1)(torch.cuda.Stream)
+
 
 @dataclass
 class Data:
@@ -190,17 +194,22 @@ def batches(data, batch_size, seed, epoch, augment=False, rank=0, world=1):
     gets the batch's first one, with weight 0.
     """
     examples, (_, channels, size, _) = len(data.train_labels), data.train_images.shape
-    order = epoch_order(examples, seed, epoch).to(data.train_labels.device)
+    order = epoch_order(examples, seed, epoch).to(data.train_labels.device)  # waits until it is there, for `side` too
     if augment:
         drawn = draw_augmentation(examples, size, mixed_seed(AUGMENTATION, seed, epoch))
-    values = VALUES_AT_ONCE * (8 if order.is_cuda else 1)  # there torchvision's augmentation waits for the steps before it
-    at_once = max(1, values // (channels * max(size, data.image_size) ** 2) // batch_size) * batch_size
+    side = side_stream() if augment and order.is_cuda else None
+    at_once = max(1, VALUES_AT_ONCE // (channels * max(size, data.image_size) ** 2) // batch_size) * batch_size
     for start in range(0, examples, at_once):
         some = slice(start, start + at_once)
-        images, labels = data.train_images[order[some]], data.train_labels[order[some]]
-        if augment:
-            box, flip, operations, signs = (values[some] for values in drawn)
-            images = rand_augment(crop_and_flip(images, box, flip, data.image_size), operations, signs)
+        labels = data.train_labels[order[some]]
+        with torch.cuda.stream(side):
+            images = data.train_images[order[some]]
+            if augment:
+                box, flip, operations, signs = (values[some] for values in drawn)
+                images = rand_augment(crop_and_flip(images, box, flip, data.image_size), operations, signs)
+        if side:
+            torch.cuda.current_stream().wait_stream(side)
+            images.record_stream(torch.cuda.current_stream())
         for batch, its_labels in zip(images.split(batch_size), labels.split(batch_size)):
             share = slice(rank, None, world) if rank < len(batch) else slice(1)
             yield data.prepare(batch[share]), its_labels[share], len(batch[rank::world]) * world / len(batch)

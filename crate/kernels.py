@@ -6,8 +6,9 @@ graph is asked for (create_graph=True: second derivatives), it is computed again
 """
 
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import wraps
+from warnings import warn
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +17,13 @@ TOLERANCE = 1e-4  # of half a log det in float32: relative, or absolute where th
 LARGE = 80  # beyond so many tokens, and always on CUDA, the fused kernel that never writes the N x N weights is faster
 
 
+@contextmanager
 def full_precision(device_type):
     """A context with autocast and TF32 off."""
-    if torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(device_type):
-        return nullcontext()  # they are off, and switching takes longer than asking
-    return _full_precision(device_type)
-
-
-@contextmanager
-def _full_precision(device_type):
     precision = torch.get_float32_matmul_precision()
+    if precision == "highest" and not torch.is_autocast_enabled(device_type):
+        yield  # they are off, and switching takes longer than asking
+        return
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device_type, enabled=False):
@@ -178,10 +176,8 @@ def dropout_factors(tensor, p):
 
 def dropout(tensor, p):
     """Zero each element with probability p, scale the others by 1 / (1 - p)."""
-    if tensor.is_cuda:  # one fused kernel there
+    if tensor.is_cuda or p == 0:  # one fused kernel, or the tensor itself
         return F.dropout(tensor, p)
-    if p == 0:
-        return tensor
     return tensor * dropout_factors(tensor, p)
 
 
@@ -236,38 +232,39 @@ WARM_UP = 3  # steps before a capture: they fill the optimizer's state and the c
 
 
 def graphed(step):
-    """`step(images, labels, *constants)`, a training step on CUDA, as one CUDA graph for each choice of constants.
+    """`step(images, labels, *constants)`, a training step on CUDA, as one CUDA graph for each shape and choice of constants.
 
     Launching a step's hundreds of small kernels takes the host longer than the GPU needs to run them; a graph is one launch.
     The step returns one tensor, waits for nothing, and reads from the device what changes between steps, such as the learning
-    rate. A batch of another size than the first, such as an epoch's last, runs without a graph, on the same stream: libraries
-    keep handles and memory for each.
+    rate. All run on one stream: libraries keep handles and memory for each. A step that can't be captured runs as it is.
     """
-    graphs, pool, first_shape = {}, torch.cuda.graph_pool_handle(), None  # one pool: no two graphs run at the same time
-    warm, stream = Counter(), torch.cuda.Stream()
+    graphs, warm, capturing = {}, Counter(), True
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # one pool: no two graphs run at the same time
 
-    def eager(*arguments):
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            result = step(*arguments)
-        torch.cuda.current_stream().wait_stream(stream)
-        return result.clone()
-
-    def replayed(images, labels, *constants):
-        nonlocal first_shape
-        first_shape = first_shape or images.shape
-        if images.shape != first_shape or warm[constants] < WARM_UP:
-            warm[constants] += images.shape == first_shape
-            return eager(images, labels, *constants)
-        if constants not in graphs:
+    def graphed_step(images, labels, *constants):
+        nonlocal capturing
+        key, outside = (images.shape, constants), torch.cuda.current_stream()
+        warm[key] += 1
+        if capturing and key not in graphs and warm[key] > WARM_UP:
             graph, inputs = torch.cuda.CUDAGraph(), (images.clone(), labels.clone())
-            # "thread_local": another thread may pin memory meanwhile.
-            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                graphs[constants] = graph, inputs, step(*inputs, *constants)
-        graph, inputs, result = graphs[constants]
-        for static, new in zip(inputs, (images, labels)):
-            static.copy_(new)
-        graph.replay()
+            try:  # "thread_local": another thread may pin memory meanwhile
+                with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                    result = step(*inputs, *constants)
+                graphs[key] = graph, inputs, result
+            except RuntimeError as error:
+                torch.cuda.set_stream(outside)  # a capture that can't be ended stays on its own
+                capturing = False
+                warn(f"no CUDA graph, slower steps, as with --no-graph: {str(error.__context__ or error).splitlines()[0]}")
+        if key in graphs:
+            graph, inputs, result = graphs[key]
+            for static, new in zip(inputs, (images, labels)):
+                static.copy_(new)
+            graph.replay()
+            return result.clone()
+        stream.wait_stream(outside)
+        with torch.cuda.stream(stream):
+            result = step(images, labels, *constants)
+        outside.wait_stream(stream)
         return result.clone()
 
-    return replayed
+    return graphed_step

@@ -40,7 +40,7 @@ DEFAULTS = dict(
 
 PRESETS = {
     # Section 6: CRATE-Tiny on CIFAR-10 with the paper's augmentation.
-    "paper": dict(augment="basic", log_srr_every=20),
+    "paper": dict(augment="basic", log_srr_every=20, validate_every=10),
     # The shipped 8x8 digits, and a model that trains in seconds on one CPU core.
     "laptop": dict(dataset="digits", patch_size=2, width=48, depth=4, epochs=30, lr=2e-3, batch_size=32,
                    log_srr_every=10, validate_every=10),
@@ -57,14 +57,17 @@ MODEL_SETTINGS = "image_size patch_size channels classes width depth heads dropo
 
 
 def resolve_device(name):
-    """The torch.device for --device; "auto" is CUDA where present. Raises InputError where there is no such device."""
+    """The torch.device for --device; "auto" is CUDA where torch can use it (else torch may warn why not).
+
+    Raises InputError, with torch's reason, where there is no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name}: no such device here; use --device cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: no such device here ({str(error).splitlines()[0]}); use --device cpu")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
@@ -105,7 +108,7 @@ def resolve(flags, *, preset, device, amp, data_dir, draw=None, **others):
     data = load_data(base["dataset"], data_dir, image_size=base["image_size"])
     base |= {"data_dir": str(data_dir), "image_size": data.image_size, "classes": data.classes}
     base["channels"] = data.train_images.shape[1]
-    processor = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = dict(python=platform.python_version(), torch=torch.__version__, processor=processor, cores=os.cpu_count())
     commit = subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>/dev/null") or None
     base |= {"versions": versions, "commit": commit, "command": shlex.join(["python", "train.py", *sys.argv[1:]])}

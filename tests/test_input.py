@@ -52,7 +52,7 @@ def test_other_flags_than_the_folder_was_made_with(script, tmp_path):
 
 
 def runs_of(draw=None, **flags):
-    where = dict(preset="laptop", device="cpu", amp="off", data_dir=Path("data"), graph=True, save_every=0.0)
+    where = dict(preset="laptop", device=torch.device("cpu"), amp="off", data_dir=Path("data"), graph=True, save_every=0.0)
     return list(resolve(dict(width=12, heads=3, train_subset=20) | flags, **where, draw=draw).values())
 
 
