@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import platform
-import statistics
+import re
 import subprocess
 import sys
 import time
@@ -41,14 +41,14 @@ SIDES = {17: 16, 65: 32, 197: 56, 785: 112}  # tokens with CLS: side of the imag
 
 def interleaved(functions, rounds):
     """Median seconds of each function, called in turn `rounds` times after a warm-up of one."""
-    times = [[] for _ in functions]
-    for round in range(rounds + 1):
-        for function, seconds in zip(functions, times):
+    times = []
+    for _ in range(rounds + 1):
+        times.append([])
+        for function in functions:
             began = time.perf_counter()
             function()
-            if round:
-                seconds.append(time.perf_counter() - began)
-    return [statistics.median(seconds) for seconds in times]
+            times[-1].append(time.perf_counter() - began)
+    return np.median(times[1:], axis=0).tolist()
 
 
 def model_of(width, depth, tokens=65, variant="crate-c"):
@@ -99,18 +99,6 @@ def rates_of(rate, width):
     return lambda: torch.autograd.grad(rate(tokens, float(HEADS)).sum(), tokens)
 
 
-def gemm_rate():
-    """Float32 operations per second of a large matrix product."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    return 2 * 2048**3 / interleaved([lambda: a @ b], 9)[0]
-
-
-def resident(key):
-    """VmRSS or VmHWM of this process, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
 def peak_memory(**case):
     """Bytes that a training step adds at its peak to what a process holds before it: weights, gradients and Adam's state.
 
@@ -122,6 +110,9 @@ def peak_memory(**case):
 
 
 def print_peak_memory(width, depth, batch, tokens=65, layers=()):
+    def resident(key):  # VmRSS, or VmHWM: its highest value
+        return int(re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
     step = our_step(model_of(width, depth, tokens), random_batch(batch, tokens), layers)
     step()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
@@ -144,47 +135,48 @@ def trained_on_digits(width=48, depth=4):
     return model.eval(), data.prepare(data.train_images[:250]), data.train_labels[:250]
 
 
-def ms(seconds):
-    return f"{1e3 * seconds:.4g} ms"
-
-
 def ratios(width, depth, rounds):
     """The rows of the first table: what is divided by what, ratio, goal, both in words."""
-    batch, last, every = random_batch(64), [depth - 1], range(depth)
+
+    def row(name, goal, first, second):
+        return [name, f"{first / second:.3f}", goal, f"{1e3 * first:.4g} ms", f"{1e3 * second:.4g} ms"]
+
+    batch, last = random_batch(64), [depth - 1]
     ours = our_step(model_of(width, depth), batch)
     with FlopCounterMode(display=False) as counter:
         ours()
     steps = [textbook_step(model_of(width, depth), batch)]
-    steps += [our_step(model_of(width, depth), batch, layers) for layers in (last, every)]
+    steps += [our_step(model_of(width, depth), batch, layers) for layers in (last, range(depth))]
     plain, textbook, last_layer, all_layers = interleaved([ours, *steps], rounds)
-    flops, gemm = counter.get_total_flops(), gemm_rate()
-    yield "training step, textbook / ours", textbook / plain, ">= 1.6", ms(textbook), ms(plain)
-    work = f"{flops / 1e9:.0f} GFLOP at {gemm / 1e9:.0f}/s"
-    yield "its matrix products at the rate of a large one / training step", flops / gemm / plain, ">= 0.65", work, ms(plain)
-    yield "step with SRR on the last layer / without", last_layer / plain, "<= 1.15", ms(last_layer), ms(plain)
-    yield "step with SRR on all layers / without", all_layers / plain, "", ms(all_layers), ms(plain)
+    yield row("training step, textbook / ours", ">= 1.6", textbook, plain)
+    flops, square = counter.get_total_flops(), torch.randn(2048, 2048)
+    (product,) = interleaved([lambda: square @ square], 9)
+    yield row(
+        "its matrix products at the rate of a large one / training step", ">= 0.65", flops / (2 * 2048**3) * product, plain
+    )
+    yield row("step with SRR on the last layer / without", "<= 1.15", last_layer, plain)
+    yield row("step with SRR on all layers / without", "", all_layers, plain)
 
     slow, fast = interleaved([rates_of(reference.coding_rate, width), rates_of(coding_rate, width)], 3 * rounds)
-    yield "coding rate forward and backward, textbook / ours", slow / fast, ">= 5", ms(slow), ms(fast)
+    yield row("coding rate forward and backward, textbook / ours", ">= 5", slow, fast)
 
     small = random_batch(32, 17)
-    laptop = [make(model_of(48, 4, 17), small) for make in (textbook_step, our_step)]
-    slow, fast = interleaved([*laptop], 6 * rounds)
-    yield "step of the laptop preset's size (N = 17, d = 48, L = 4), textbook / ours", slow / fast, "", ms(slow), ms(fast)
+    slow, fast = interleaved([make(model_of(48, 4, 17), small) for make in (textbook_step, our_step)], 6 * rounds)
+    yield row("step of the laptop preset's size (N = 17, d = 48, L = 4), textbook / ours", "", slow, fast)
 
     model, images, labels = trained_on_digits()
     weights = measures.perturbed_parameters(model)
 
+    @torch.no_grad()
     def textbook_search():
-        with torch.no_grad():
-            return reference.noise_scale(lambda draw: measures.accuracy(model, draw, images, labels), weights)
+        reference.noise_scale(lambda draw: measures.accuracy(model, draw, images, labels), weights)
 
     slow, fast = interleaved([textbook_search, lambda: measures.noise_scale(model, images, labels)], rounds)
-    yield "PAC-Bayes search for sigma (250 images), bisection / ours", slow / fast, ">= 2", ms(slow), ms(fast)
+    yield row("PAC-Bayes search for sigma (250 images), bisection / ours", ">= 2", slow, fast)
 
-    with_srr, without = (peak_memory(width=width, depth=depth, batch=64, layers=list(layers)) for layers in (last, ()))
+    with_srr, without = (peak_memory(width=width, depth=depth, batch=64, layers=layers) for layers in (last, []))
     memory = (f"{size / 2**20:.0f} MiB" for size in (with_srr, without))
-    yield "peak memory of the step with SRR on the last layer / without", with_srr / without, "<= 2", *memory
+    yield ["peak memory of the step with SRR on the last layer / without", f"{with_srr / without:.3f}", "<= 2", *memory]
 
 
 def exponent(x, y):
@@ -227,6 +219,9 @@ def growth_figure(rows, path):
             y = [scale * row[key] for row in own]
             axis.loglog(values, y, "o-", color=colour, markersize=4, label=f"{label}, exponent {exponent(values, y):.2f}")
         axis.set_xticks(values, values)
+        low, high = axis.get_ylim()
+        ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low <= tick <= high]
+        axis.set_yticks(ticks, ticks)
         axis.minorticks_off()
         axis.set(xlabel={"N": "tokens N", "d": "width d", "L": "depth L"}[name])
         axis.legend(frameon=False, fontsize=7)
@@ -258,17 +253,14 @@ def main():
         f"{torch.__version__}; d = {arguments.width}, L = {arguments.depth}, K = {HEADS}, N = 65, batch 64, float32; "
         f"medians of {arguments.rounds} rounds."
     )
-    lines = []
-    for row in ratios(arguments.width, arguments.depth, arguments.rounds):
-        print(f"{row[0]}: {row[1]:.3f}", file=sys.stderr)
-        lines.append([row[0], f"{row[1]:.3f}", *row[2:]])
+    rows = list(ratios(arguments.width, arguments.depth, arguments.rounds))
     grown, exact = growth(max(2, arguments.rounds // 2)), list(exact_step_times(arguments.rounds))
-    tables = [
-        markdown_table(["row", "ratio", "goal", "first", "second"], lines),
+    text = "\n".join([
+        where + "\n",
+        markdown_table(["row", "ratio", "goal", "first", "second"], rows),
         growth_table(grown),
         markdown_table(["N", "softmax attention, ms", "exact step, ms", "ratio"], exact),
-    ]
-    text = "\n".join([where + "\n", *tables])
+    ])  # fmt: skip
     print(text, f"measured in {time.perf_counter() - began:.0f} s", sep="\n")
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)

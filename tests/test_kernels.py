@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crate.kernels import LARGE, dropout, dropout_factors, self_attention
 from crate.rates import merge_heads, split_heads
@@ -13,17 +14,8 @@ from tests.reference import assert_close
 WIDTH, HEADS, TOKENS = 12, 3, 7
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(12)
-
-
 def randn(*shape):
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
-
-
-def narrowed(tensor, dtype):
-    return tensor.detach().to(dtype).requires_grad_()
 
 
 def factors(shape, p):
@@ -46,7 +38,7 @@ def reseeded(function, seed=5):
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_attention_and_its_gradient(N, scale, dtype, tolerance):
     Z, upstream = randn(2, N, WIDTH), torch.randn(2, N, WIDTH, dtype=torch.float64)
-    narrow = narrowed(Z, dtype)
+    narrow = Z.detach().to(dtype).requires_grad_()
     expected = reference.attention(Z, torch.eye(WIDTH, dtype=torch.float64), HEADS, scale)
     output = merge_heads(self_attention(split_heads(narrow, HEADS), scale))
     assert output.dtype == dtype
@@ -57,14 +49,20 @@ def test_attention_and_its_gradient(N, scale, dtype, tolerance):
     assert_close(gradient, torch.autograd.grad(expected, Z, upstream)[0], tolerance)
 
 
-def test_gradient_of_attention_with_dropout():
-    assert torch.autograd.gradcheck(reseeded(lambda V: self_attention(V, 0.7, p=0.4)), randn(2, 1, 5, 4))
-
-
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_second_derivatives_of_attention(p):
+def test_first_and_second_derivatives_of_attention(p):
     """With the same mask in all of them."""
-    assert torch.autograd.gradgradcheck(reseeded(lambda V: self_attention(V, 0.7, p)), randn(2, 1, 5, 4))
+    attention, V = reseeded(lambda V: self_attention(V, 0.7, p)), randn(2, 1, 5, 4)
+    assert torch.autograd.gradcheck(attention, V) and torch.autograd.gradgradcheck(attention, V)
+
+
+def test_second_derivatives_of_the_fused_kernel():
+    """It has none, and says so; inside `sdpa_kernel` there are some."""
+    V = randn(1, 1, LARGE + 1, 2)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.gradgradcheck(self_attention, V)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(self_attention, V, fast_mode=True)
 
 
 @pytest.mark.parametrize("N", [64, LARGE + 1])

@@ -17,11 +17,6 @@ from tests.conftest import assert_refused
 from tests.reference import assert_close
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(13)
-
-
 def released_state(*, channels=3, patch=4, grid=2, width=12, depth=2, classes=5):
     """A random state_dict in the released names, of (grid patch) x (grid patch) images."""
 
