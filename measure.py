@@ -7,23 +7,21 @@
 
 A run's measures are kept in its folder, in measures.json, and made again where its checkpoint or --images changed. The table is
 put together from these files and replaces what lay at --out; measures stand right of the gaps, all else left of them. Beside
-it: measures_layers.csv, SRR's parts per layer, and measures_val_losses.npz, the loss of each validation image.
+it: measures_layers.csv, SRR's parts per layer.
 """
 
 import hashlib
-import io
 import os
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from crate.cli import InputError, Parser, in_processes, number, one_line, path, read_json, run, write_bytes, write_json
+from crate.cli import InputError, Parser, in_processes, number, one_line, path, read_json, run, write_json, write_text
 from crate.data import DATASETS, data_of, load_data
 from crate.measures import GROUPS, doubtful, measure
 from crate.released import MEAN, STD, from_released_crate, sizes
@@ -99,7 +97,7 @@ def measure_all(job, jobs, todo, arguments, device, gpus):
 
 
 def measure_released(file, arguments, device):
-    """The config, result, measures and validation losses of a released CRATE checkpoint.
+    """The config, result and measures of a released CRATE checkpoint.
 
     Raises InputError where it isn't one, or doesn't fit the data set.
     """
@@ -114,9 +112,9 @@ def measure_released(file, arguments, device):
     if channels == 3:
         mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
         data = replace(data, mean=mean, std=std)
-    result, losses, ours = {}, None, (data.train_images.shape[1], data.classes)
+    result, ours = {}, (data.train_images.shape[1], data.classes)
     if (channels, classes) == ours:
-        result, losses = evaluate_both(model, data)
+        result = evaluate_both(model, data)
     else:
         possible = ["norms", "srr"] if channels == ours[0] else ["norms"]
         if not set(arguments.groups) <= set(possible):
@@ -125,25 +123,20 @@ def measure_released(file, arguments, device):
         data = replace(data, train_labels=None)
     config = {"model": "crate", "dataset": arguments.dataset, "heads": model.heads}
     config |= {"width": model.pos_embedding.shape[-1], "depth": len(model.layers)}
-    return config, result, measure(model, None, data, arguments.groups, arguments.images), losses
+    return config, result, measure(model, None, data, arguments.groups, arguments.images)
 
 
 def write_tables(out, entries):
-    """Replace the three files by what these models' (name, config, result, measures, losses) hold; an empty one is removed."""
-    rows, layers, archive = [], [], io.BytesIO()
-    for name, config, result, new, _ in entries:
+    """Replace both tables by what these models' (name, config, result, measures) hold; an empty one is removed."""
+    rows, layers = [], []
+    for name, config, result, new in entries:
         values = config | result | new["details"] | {"run": name, "flags": " ".join(doubtful(new["measures"], new["details"]))}
         rows.append({column: values.get(column) for column in COLUMNS} | new["measures"])
         rows[-1]["baseline_steps"] = result.get("steps")
         layers += [{"run": name, **layer} for layer in new["layers"]]
-    names, *_, losses = zip(*entries)
-    if len({np.shape(of_model) for of_model in losses}) == 1 and losses[0] is not None:
-        np.savez_compressed(archive, run=np.array(names), losses=np.stack(losses))
-    tables = [pd.DataFrame(table, dtype=object).to_csv(index=False).encode() if table else b"" for table in (rows, layers)]
-    for ending, content in zip((out.suffix, "_layers.csv", "_val_losses.npz"), (*tables, archive.getvalue())):
-        file = out.with_name(out.stem + ending)
-        if content:
-            write_bytes(file, content)
+    for file, table in ((out, rows), (out.with_name(f"{out.stem}_layers.csv"), layers)):
+        if table:
+            write_text(file, pd.DataFrame(table, dtype=object).to_csv(index=False))
         else:
             file.unlink(missing_ok=True)
 
@@ -183,8 +176,7 @@ def main():
                 describe(names[one], entry[2], began)
                 entries.append((names[one], *entry))
             elif complete(one):
-                losses = np.load(one / "val_losses.npy") if (one / "val_losses.npy").exists() else None
-                entries.append((names[one], *read_run(one), measured(one, arguments.images), losses))
+                entries.append((names[one], *read_run(one), measured(one, arguments.images)))
         except (ValueError, RuntimeError, OSError) as error:
             code = 2
             print(f"measure.py: error: {one_line(error, one)}", file=sys.stderr)

@@ -39,57 +39,64 @@ def parse_arguments():
     def seed(text):
         return text if text == "own" else count(text)
 
-    def add(flag, help="", **options):
+    def add(group, flag, help="", **options):
         key = flag.removeprefix("--").replace("-", "_")
         if key in AXES:
             options |= {"nargs": "+", "metavar": options.get("metavar", "VALUE")}
             help += ", one or more"
         if key in DEFAULTS:
             help += f" (default: {'none' if DEFAULTS[key] is None else DEFAULTS[key]})"
-        parser.add_argument(flag, help=help.lstrip(" ,"), **options)
+        group.add_argument(flag, help=help.lstrip(" ,"), **options)
+
+    model, training, srr, runs = map(parser.add_argument_group, ("data and model", "training", "SRR", "runs"))
+    add(model, "--dataset", f"{', '.join(DATASETS)}, or a folder of images: FOLDER/train/CLASS/*, FOLDER/test/CLASS/*")
+    add(model, "--data-dir", "where data sets are, or are downloaded to (default: data)", type=path, default=Path("data"))
+    add(model, "--train-subset", "train on a fixed random choice of N training images", type=positive, metavar="N")
+    add(model, "--hold-out", "validate on this share of the training images instead", type=share, metavar="SHARE")
+    add(model, "--augment", "basic: random resized crop, flip, RandAugment(2, 14)", choices=("none", "basic"))
+    add(model, "--image-size", "resize images to this; none: the data set's own size", type=positive)
+    add(model, "--model", "those below", choices=tuple(VARIANTS), metavar="MODEL")
+    add(model, "--patch-size", type=positive)
+    add(model, "--width", "d", type=positive)
+    add(model, "--depth", "L", type=positive)
+    add(model, "--heads", "K", type=positive)
+    add(model, "--dropout", type=share)
+    add(model, "--ista-beta", "step size of ISTA, Eq. 3", type=above_0)
+    add(model, "--ista-lambda", "lambda of ISTA's threshold, Eq. 3", type=not_negative)
+    add(model, "--temperature", "of the softmax", choices=("sqrt-p", "none"))
+
+    add(training, "--epochs", "with --stop-at-loss: at most so many; 0: log the model at initialisation alone", type=count)
+    add(training, "--batch-size", type=positive)
+    add(training, "--lr", "Adam's (initial) learning rate", type=above_0)
+    add(training, "--schedule", choices=("cosine", "constant"))
+    add(training, "--weight-decay", "decoupled, on matrices (AdamW)", type=not_negative)
+    add(training, "--clip-norm", "clip the gradient's norm to this", type=above_0)
+    stop = "stop once cross-entropy over the training set is below this; the paper: 0.01"
+    add(training, "--stop-at-loss", stop, type=above_0)
+    add(training, "--validate-every", "and after the last epoch", type=positive, metavar="EPOCHS")
+    add(training, "--seed", "own: one that no other setting has", type=seed)
+
+    add(srr, "--srr-reg", "eta of Eq. 14; 0: cross-entropy alone", type=number(float))
+    add(srr, "--srr-layer", "whose SRR is in the loss: last, all, random (one per step) or 1..L", metavar="LAYER")
+    add(srr, "--srr-norm", "||Z||_0, which has no gradient, or its convex surrogate", choices=("l0", "l1"))
+    add(srr, "--srr-lambda", "lambda of SRR, in the loss and in the log", type=not_negative)
+    gamma = "gamma of R^c, K gamma is R's, in the loss and in the log; the layers' own step keeps 1"
+    add(srr, "--srr-gamma", gamma, type=above_0)
+    add(srr, "--log-srr-every", "log layer-wise SRR of 512 images; 0: never", type=count, metavar="EPOCHS")
 
     presets = ("auto", *PRESETS)
-    add("--preset", "auto: paper where the device is a GPU, else laptop (default: auto)", choices=presets, default="auto")
-    add("--model", "those below", choices=tuple(VARIANTS), metavar="MODEL")
-    add("--dataset", f"{', '.join(DATASETS)}, or a folder of images: FOLDER/train/CLASS/*, FOLDER/test/CLASS/*")
-    add("--data-dir", "where data sets are looked for and downloaded to (default: data)", type=path, default=Path("data"))
-    add("--train-subset", "train on a fixed random choice of N training images", type=positive, metavar="N")
-    add("--hold-out", "validate on this share of the training images, to choose settings by", type=share, metavar="SHARE")
-    add("--augment", "basic: random resized crop, flip, RandAugment(2, 14)", choices=("none", "basic"))
-    add("--image-size", "resize images to this; none: the data set's own size", type=positive)
-    add("--patch-size", type=positive)
-    add("--width", "d", type=positive)
-    add("--depth", "L", type=positive)
-    add("--heads", "K", type=positive)
-    add("--dropout", type=share)
-    add("--epochs", "with --stop-at-loss: at most so many; 0: log the model at initialisation alone", type=count)
-    add("--batch-size", type=positive)
-    add("--lr", "Adam's (initial) learning rate", type=above_0)
-    add("--schedule", choices=("cosine", "constant"))
-    add("--weight-decay", "decoupled, on matrices (AdamW)", type=not_negative)
-    add("--clip-norm", "clip the gradient's norm to this", type=above_0)
-    add("--stop-at-loss", "stop once cross-entropy over the training set is below this; the paper: 0.01", type=above_0)
-    add("--srr-reg", "eta of Eq. 14; 0: cross-entropy alone", type=number(float))
-    add("--srr-layer", "whose SRR is in the loss: last, all, random (one per step) or 1..L", metavar="LAYER")
-    add("--srr-norm", "||Z||_0, which has no gradient, or its convex surrogate", choices=("l0", "l1"))
-    add("--srr-lambda", "lambda of SRR, in the loss and in the log", type=not_negative)
-    add("--srr-gamma", "gamma of R^c, K gamma is R's, in the loss and in the log; the layers' own step keeps 1", type=above_0)
-    add("--ista-beta", "step size of ISTA, Eq. 3", type=above_0)
-    add("--ista-lambda", "lambda of ISTA's threshold, Eq. 3", type=not_negative)
-    add("--temperature", "of the softmax", choices=("sqrt-p", "none"))
-    add("--log-srr-every", "log layer-wise SRR of 512 images; 0: never", type=count, metavar="EPOCHS")
-    add("--validate-every", "and after the last epoch", type=positive, metavar="EPOCHS")
-    add("--seed", "own: one that no other setting has", type=seed)
-    random = "N random settings for each model: lr, dropout and weight decay between the values given"
-    add("--draw", random, type=positive, metavar="N")
+    add(runs, "--preset", "auto: paper where the device is a GPU, else laptop (default: auto)", choices=presets, default="auto")
+    add(runs, "--out", "folder of the run folders (default: runs/PRESET/single)", type=path)
+    draw = "N random settings for each model, each with all seeds: lr, dropout, weight decay between the values given"
+    add(runs, "--draw", draw, type=positive, metavar="N")
+    add(runs, "--jobs", "processes that share the work (default: 1)", type=positive, default=1)
+    add(runs, "--device", "cpu, cuda, cuda:1 ... (default: cuda where present)", default="auto")
+    amp = ("auto", "off", "bf16", "fp16")
+    add(runs, "--amp", "auto: bf16 on CUDA, off on CPU (default: auto)", choices=amp, default="auto")
+    add(runs, "--no-graph", "on CUDA, launch each kernel of a step, not one CUDA graph", action="store_false", dest="graph")
     saving = "save after an epoch if the last time is so long ago (default: 60 on CUDA, 10 on a CPU)"
-    add("--save-every", saving, type=not_negative, metavar="SECONDS")
-    add("--device", "cpu, cuda, cuda:1 ... (default: cuda where present)", default="auto")
-    add("--amp", "auto: bf16 on CUDA, off on CPU (default: auto)", choices=("auto", "off", "bf16", "fp16"), default="auto")
-    add("--no-graph", "on CUDA, launch each kernel of a step, not one CUDA graph", action="store_false", dest="graph")
-    add("--out", "folder of the run folders (default: runs/PRESET/single)", type=path)
-    add("--jobs", "processes that share the work (default: 1)", type=positive, default=1)
-    add("--status", "print the state of every run in FOLDER, and train nothing", type=path, metavar="FOLDER")
+    add(runs, "--save-every", saving, type=not_negative, metavar="SECONDS")
+    add(runs, "--status", "print the state of every run in FOLDER, and train nothing", type=path, metavar="FOLDER")
     return parser.parse_args()
 
 

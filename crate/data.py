@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from crate.augmentation import crop_and_flip, draw_augmentation, rand_augment
@@ -78,7 +79,6 @@ def _channels_first(images):
 # Functions of data_dir: training images (n, C, H, W) uint8, their labels (n,), validation images, their labels.
 DATASETS = {
     "digits": _digits,
-    "fashion-mnist": partial(_torchvision, "FashionMNIST"),
     "cifar10": partial(_torchvision, "CIFAR10"),
     "cifar100": partial(_torchvision, "CIFAR100"),
 }
@@ -91,14 +91,17 @@ def read_class_folders(folder, image_size=None):
     """
     from torchvision.datasets import ImageFolder
 
+    def visible(file):  # no file is left out for its name: what isn't a picture is said
+        return not Path(file).name.startswith(".")
+
     test = next((name for name in ("test", "val", "valid") if (folder / name).is_dir()), "test")
     try:
-        train, val = (ImageFolder(folder / name) for name in ("train", test))
+        train, val = (ImageFolder(folder / name, is_valid_file=visible) for name in ("train", test))
     except OSError as error:
         raise InputError(f"{one_line(error)}; expected {CLASS_FOLDERS}")
-    if train.classes != val.classes:
-        raise InputError(f"{folder}: train and {test} don't hold the same classes; expected {CLASS_FOLDERS}")
-    size = image_size or train[0][0].width
+    if train.classes != val.classes or len(val.classes) < 2:
+        raise InputError(f"{folder}: train and {test} don't hold the same two classes or more; expected {CLASS_FOLDERS}")
+    size = image_size or picture(train.samples[0][0]).width
     (images, labels, equal), (val_images, val_labels, val_equal) = (decode(tuple(part.samples), size) for part in (train, val))
     if not (image_size or equal and val_equal):
         raise InputError(f"{folder}: its pictures are not of one square size; give --image-size to resize them to")
@@ -107,28 +110,34 @@ def read_class_folders(folder, image_size=None):
     return images, labels, val_images, val_labels
 
 
+def picture(file):
+    """A picture in colours. Raises InputError naming the file where it is none, cut off, or of more than 8 bits a channel."""
+    try:
+        with Image.open(file) as image:
+            if image.mode[0] in "IF":  # Pillow's names for 16 and 32 bits, which it would cut off at 255
+                raise ValueError("more than 8 bits a channel")
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's, for damaged files: nearly anything
+        raise InputError(f"{file}: can't be read ({one_line(error)}); replace or remove it") from error
+
+
 @lru_cache(2)  # training and validation pictures; it may take half a minute, and is asked for with and without a size
 def decode(samples, size):
     """Pictures (path, class) -> (n, 3, size, size) uint8, classes (n,), and whether the pictures had this size.
 
     Classes take turns: the first n are a sample of all.
     """
-    from torchvision.datasets.folder import default_loader
-
     sizes = set()
 
-    def picture(i):
-        try:
-            image = default_loader(samples[i][0])
-            sizes.add(image.size)
-            return np.asarray(image.resize((size, size), resample=2))  # bilinear
-        except Exception as error:  # Pillow's, for damaged files: nearly anything
-            raise InputError(f"{samples[i][0]}: can't be read ({one_line(error)}); replace or remove it") from error
+    def pixels(i):
+        image = picture(samples[i][0])
+        sizes.add(image.size)
+        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
     labels = np.array([label for _, label in samples])
     order = np.lexsort((labels, np.arange(len(labels)) - np.searchsorted(labels, labels)))  # by place in the class, then class
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return _channels_first(np.stack(list(threads.map(picture, order)))), labels[order], sizes == {(size, size)}
+        return _channels_first(np.stack(list(threads.map(pixels, order)))), labels[order], sizes == {(size, size)}
 
 
 @lru_cache(1)  # the runs of a grid share it

@@ -1,8 +1,7 @@
 """Runs and their folders: presets, configs, names, who works on a folder, and what state it is in.
 
 A run folder holds config.json, init.pt, log.jsonl (a row per epoch), last.pt, .lock (its holder, while it runs), error.txt (the
-last failure, until the run is started again), val_losses.npy (of each validation image, at the end), and result.json, written
-last: without it a run is unfinished.
+last failure, until the run is started again), and result.json, written last: without it a run is unfinished.
 """
 
 import fcntl
@@ -74,7 +73,8 @@ def resolve_device(name):
 
 
 def settings(sweep, draw=None):
-    """The combinations of a sweep, {axis: values}, as dicts; with `draw`, that many random ones for each model type instead.
+    """The combinations of a sweep, {axis: values}, as dicts; with `draw`, that many random ones for each model type instead,
+    each with all the seeds.
 
     Random ones take lr between the smallest and the largest value given (evenly on a logarithmic scale), so too, on a linear
     scale, dropout and weight decay, and any of the values of the other axes. The seed "own" is one that no other setting has.
@@ -85,12 +85,12 @@ def settings(sweep, draw=None):
         chosen = []
         for model, i in itertools.product(sweep["model"], range(draw)):
             random = np.random.default_rng([i, *model.encode()])
-            one = {axis: values[random.integers(len(values))] for axis, values in sweep.items()} | {"model": model}
+            one = {axis: values[random.integers(len(values))] for axis, values in (sweep | {"seed": [None]}).items()}
             for axis, scale, back in (("dropout", float, float), ("weight_decay", float, float), ("lr", math.log, math.exp)):
                 low, high = min(sweep[axis]), max(sweep[axis])
                 value = back(random.uniform(scale(low), scale(high)))
                 one[axis] = float(f"{value:.3g}") if low < high else low
-            chosen.append(one)
+            chosen += [one | {"model": model, "seed": seed} for seed in sweep["seed"]]
     for one in chosen:
         if not one["srr_reg"]:  # then the run is the same whatever its other SRR flags say
             one["srr_layer"] = DEFAULTS["srr_layer"]

@@ -1,13 +1,14 @@
 """The training loop: Adam on cross-entropy + eta SRR (Eq. 14), the stopping criterion of Section 5, logs, exact resume.
 
-`fit` is the loop, from batches to log; read it first. What an epoch draws at random depends on the config and its number alone,
-and state is saved between epochs, so a run that was killed and started again ends with the same bits (on a CPU, with as many
-threads). With torchrun every process is a rank that takes its share of each batch; rank 0 alone writes.
+`step_of` and `fit` are the loop: batches, Eq. 14, step, stop, log, save; read them first. What an epoch draws at random depends
+on the config and its number alone, and state is saved between epochs, so a run that was killed and started again ends with the
+same bits (on a CPU, with as many threads). With torchrun every process is a rank that takes its share of each batch; rank 0
+alone writes.
 """
 
-import io
 import json
 import math
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from crate.cli import InputError, one_line, read_json, write_bytes, write_json, write_text
+from crate.cli import InputError, one_line, read_json, write_json, write_text
 from crate.data import DROPOUT, batches, data_of, mixed_seed
 from crate.kernels import graphed
 from crate.runs import identity, load_weights, locked, model_of, save_checkpoint, srr_layers
@@ -28,36 +29,12 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SRR_IMAGES = 512  # layer-wise SRR is logged on the first so many training and validation images
 # Below a loss of x the stopping criterion is checked n times an epoch (Dziugaite et al. 2020): fast runs don't overshoot.
 CHECKS_PER_EPOCH = ((0.015, 8), (0.025, 4), (0.05, 2))
+CURE = "try a smaller --lr or --amp off"
 
 
 def ranks():
     """This process' rank, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-@torch.no_grad()
-def evaluate(model, data, images, labels):
-    """Cross-entropy of each image, (m,) float64, and accuracy, in eval mode and full precision, without augmentation."""
-    model.eval()
-    parts = images.split(1024 if images.is_cuda else 256)  # more take 8 GB at d = 768
-    logits = torch.cat([model(data.prepare(part)) for part in parts]).double()
-    return F.cross_entropy(logits, labels, reduction="none"), (logits.argmax(1) == labels).double().mean().item()
-
-
-def training_loss(model, data, ceiling):
-    """Mean cross-entropy over the training set as `evaluate` has it, or `ceiling` once the sum shows that it is not below."""
-    examples, total = len(data.train_labels), 0.0
-    chunk = max(64, examples // 16)
-    for images, labels in zip(data.train_images.split(chunk), data.train_labels.split(chunk)):
-        total += evaluate(model, data, images, labels)[0].sum().item() / examples
-        if total >= ceiling:
-            return ceiling
-    return total
-
-
-def finished(state, config):
-    """Whether a run has come to its end: all epochs, or the stopping criterion (no loss is below 0)."""
-    return state["epoch"] >= config["epochs"] or state["loss_bound"] < (config["stop_at_loss"] or 0)
 
 
 def step_of(config, model, optimizer, scaler):
@@ -94,80 +71,127 @@ def step_of(config, model, optimizer, scaler):
 
 
 def fit(config, folder, data, model, optimizer, scaler, state, bar):
-    """Train from `state` to the end, epoch by epoch: steps, stopping criterion, log, save.
-
-    Raises InputError, naming epoch and step, where the loss or tokens are not finite.
-    """
-    on_gpu, (rank, world) = data.train_labels.is_cuda, ranks()
-    eta, target, size, examples = config["srr_reg"], config["stop_at_loss"], config["batch_size"], len(data.train_labels)
-    steps_per_epoch = math.ceil(examples / size)
+    """Train from `state` to the end, epoch by epoch. Raises InputError, naming epoch and step, where a number is not finite."""
+    (rank, world), size, target = ranks(), config["batch_size"], config["stop_at_loss"]
+    steps, augment = math.ceil(len(data.train_labels) / size), config["augment"] == "basic"
     step, saved_at = step_of(config, model, optimizer, scaler), time.monotonic()
     while not finished(state, config):
         began, results = time.perf_counter(), []
         state["epoch"] += 1
-        # Dropout and random layers are functions of (seed, epoch), dropout of the rank too.
-        torch.manual_seed(mixed_seed(DROPOUT, config["seed"], state["epoch"]))
-        regularised = srr_layers(config["srr_layer"], config["depth"], steps_per_epoch) if eta else [()] * steps_per_epoch
-        if rank > 0:
-            torch.manual_seed(mixed_seed(DROPOUT, config["seed"], state["epoch"], rank))
+        regularised = draw_layers(config, state["epoch"], steps)
         checks = next((n for below, n in CHECKS_PER_EPOCH if state["loss_bound"] < below), 1) if target else 0
-        check_after = {math.ceil(steps_per_epoch * (i + 1) / checks) for i in range(checks)}
+        check_after = {math.ceil(steps * (i + 1) / checks) for i in range(checks)}
         model.train()
-        augment = config["augment"] == "basic"
         for images, labels, weight in batches(data, size, config["seed"], state["epoch"], augment, rank, world):
-            rate = config["lr"]
-            if config["schedule"] == "cosine":
-                rate *= 0.5 * (1 + math.cos(math.pi * state["step"] / (config["epochs"] * steps_per_epoch)))
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"].fill_(rate) if on_gpu else rate
+            rate = learning_rate(config, state["step"], steps)
+            for group in optimizer.param_groups:  # on CUDA it stays one tensor, which a graph reads
+                group["lr"] = group["lr"].fill_(rate) if images.is_cuda else rate
             try:
                 results.append(step(images, labels, weight, regularised[len(results)]))
             except ValueError as error:  # from the coding rates
-                raise InputError(f"epoch {state['epoch']}, step {state['step'] + 1}: {error}; try a smaller --lr or --amp off")
+                raise InputError(f"epoch {state['epoch']}, step {state['step'] + 1}: {error}; {CURE}")
             state["step"] += 1
             bar.update()
-            if len(results) in check_after:
-                # At an epoch's end not only whether it is below the target, also how often the next epoch checks.
-                ceiling = max(target, CHECKS_PER_EPOCH[-1][0]) if len(results) == steps_per_epoch else target
-                loss = torch.tensor(training_loss(model, data, ceiling), dtype=torch.float64)
-                if world > 1:  # all ranks stop at the same step, whatever their rounding
-                    dist.broadcast(loss, 0)
-                state["loss_bound"] = loss.item()
-                if state["loss_bound"] < target:
-                    break
-                model.train()
-        results = torch.stack(results)  # (steps, 3): the first moment at which the host waits for the device
-        if world > 1:
-            dist.all_reduce(results)
-        results = results.cpu().numpy() / world
-        for i in np.flatnonzero(~np.isfinite(results.sum(1)))[:1]:
-            where = f"epoch {state['epoch']}, step {state['step'] - len(results) + i + 1}"
-            raise InputError(f"{where}: the loss is {results[i, 0] + eta * results[i, 2]}; try a smaller --lr or --amp off")
-        weights = [min(size, examples - i * size) for i in range(len(results))]
-        loss, accuracy, measure = np.average(results, axis=0, weights=weights).tolist()
-        row = {"epoch": state["epoch"], "step": state["step"], "lr": rate, "train_loss": loss, "train_accuracy": accuracy}
-        log(row | ({"train_srr": measure} if eta else {}), config, folder, data, model, state, began)
-        bar.set_postfix(loss=f"{loss:.4f}")
+            if len(results) in check_after and reached_target(config, data, model, state, epoch_ends=len(results) == steps):
+                break
+        row = {"epoch": state["epoch"], "step": state["step"], "lr": rate} | means(results, config, data, state)
+        log(row, config, folder, data, model, state, began)
+        bar.set_postfix(loss=f"{row['train_loss']:.4f}")
         if rank == 0 and (finished(state, config) or time.monotonic() >= saved_at + config["save_every"]):
-            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            parts = {"model": model} if finished(state, config) else {"model": model, "optimizer": optimizer, "scaler": scaler}
+            parts = {name: part.state_dict() for name, part in parts.items()}
             save_checkpoint(folder / "last.pt", {"config": identity(config), **parts, **state})
             saved_at = time.monotonic()
 
 
+def finished(state, config):
+    """Whether a run has come to its end: all epochs, or the stopping criterion (no loss is below 0)."""
+    return state["epoch"] >= config["epochs"] or state["loss_bound"] < (config["stop_at_loss"] or 0)
+
+
+def learning_rate(config, step, steps_per_epoch):
+    """Of step `step` (0-based): constant, or its cosine decay to zero over all epochs."""
+    if config["schedule"] == "constant":
+        return config["lr"]
+    return config["lr"] * (0.5 * (1 + math.cos(math.pi * step / (config["epochs"] * steps_per_epoch))))
+
+
+def draw_layers(config, epoch, steps):
+    """Seed what an epoch draws by (seed, epoch), dropout by the rank too. Returns whose SRR is in the loss, step by step."""
+    seeds = DROPOUT, config["seed"], epoch
+    torch.manual_seed(mixed_seed(*seeds))
+    layers = srr_layers(config["srr_layer"], config["depth"], steps) if config["srr_reg"] else [()] * steps
+    if rank := ranks()[0]:
+        torch.manual_seed(mixed_seed(*seeds, rank))
+    return layers
+
+
+@torch.no_grad()
+def evaluate(model, data, images, labels):
+    """Mean cross-entropy, in float64, and accuracy, in eval mode and full precision, without augmentation."""
+    model.eval()
+    parts = images.split(1024 if images.is_cuda else 256)  # more take 8 GB at d = 768
+    logits = torch.cat([model(data.prepare(part)) for part in parts]).double()
+    return F.cross_entropy(logits, labels, reduction="none").mean().item(), (logits.argmax(1) == labels).double().mean().item()
+
+
+def reached_target(config, data, model, state, epoch_ends):
+    """Whether cross-entropy over the training set is below the target, for all ranks alike whatever their rounding.
+
+    state["loss_bound"] becomes the loss, or a ceiling once the sum shows that it is not below: the target, but at an epoch's
+    end the largest loss of CHECKS_PER_EPOCH, to choose how often the next epoch checks.
+    """
+    target, examples, loss = config["stop_at_loss"], len(data.train_labels), torch.zeros((), dtype=torch.float64)
+    ceiling = max(target, CHECKS_PER_EPOCH[-1][0]) if epoch_ends else target
+    chunk = max(64, examples // 16)
+    for images, labels in zip(data.train_images.split(chunk), data.train_labels.split(chunk)):
+        loss += evaluate(model, data, images, labels)[0] * len(labels) / examples
+        if loss >= ceiling:
+            loss.fill_(ceiling)
+            break
+    if ranks()[1] > 1:
+        dist.broadcast(loss, 0)
+    model.train()
+    state["loss_bound"] = loss.item()
+    return state["loss_bound"] < target
+
+
+def means(results, config, data, state):
+    """An epoch's means of what the steps returned, every image weighing alike: columns of its row."""
+    results, size, (_, world) = torch.stack(results), config["batch_size"], ranks()  # here the host waits for the device
+    if world > 1:
+        dist.all_reduce(results)
+    results = results.cpu().numpy() / world
+    for i in np.flatnonzero(~np.isfinite(results.sum(1)))[:1]:
+        where = f"epoch {state['epoch']}, step {state['step'] - len(results) + i + 1}"
+        raise InputError(f"{where}: the loss is {results[i, 0] + config['srr_reg'] * results[i, 2]}; {CURE}")
+    weights = [min(size, len(data.train_labels) - i * size) for i in range(len(results))]
+    loss, accuracy, measure = np.average(results, axis=0, weights=weights).tolist()
+    return {"train_loss": loss, "train_accuracy": accuracy} | ({"train_srr": measure} if config["srr_reg"] else {})
+
+
 def log(row, config, folder, data, model, state, began):
-    """Complete the epoch's row by what is due, validation loss and layer-wise SRR, and append it to log.jsonl."""
+    """Complete the epoch's row by what is due, validation loss and layer-wise SRR, and append it to log.jsonl.
+
+    Raises InputError where the weights or the validation loss are not finite. A rate that can't be computed is null, with a
+    warning: a diagnostic ends no run.
+    """
     epoch, last = state["epoch"], finished(state, config)
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        raise InputError(f"epoch {epoch}: the weights are not finite; {CURE}")
     if last or epoch % config["validate_every"] == 0:
-        losses, row["val_accuracy"] = evaluate(model, data, data.val_images, data.val_labels)
-        row["val_loss"] = losses.mean().item()
+        row["val_loss"], row["val_accuracy"] = evaluate(model, data, data.val_images, data.val_labels)
         if not math.isfinite(row["val_loss"]):
-            raise InputError(f"epoch {epoch}: the validation loss is {row['val_loss']}; try a smaller --lr or --amp off")
+            raise InputError(f"epoch {epoch}: the validation loss is {row['val_loss']}; {CURE}")
     if config["log_srr_every"] and (last or epoch % config["log_srr_every"] == 0):
         train, val = (data.prepare(images[:SRR_IMAGES]) for images in (data.train_images, data.val_images))
-        coefficients = {"sparsity": config["srr_lambda"], "gamma": config["srr_gamma"]}
-        row |= {"srr": layer_srr(model, train, **coefficients), "srr_val": layer_srr(model, val, **coefficients)}
-        if last or epoch == 0:
-            row["operators"] = operator_rates(model, train, **coefficients)
+        due = {"srr": (layer_srr, train), "srr_val": (layer_srr, val)}
+        for key, (rates, images) in (due | ({"operators": (operator_rates, train)} if last or epoch == 0 else {})).items():
+            try:
+                row[key] = rates(model, images, sparsity=config["srr_lambda"], gamma=config["srr_gamma"])
+            except ValueError as error:
+                row[key] = None
+                tqdm.write(f"warning: {folder}: epoch {epoch}: {key} is null in the log: {error}", file=sys.stderr)
     state["rows"].append(row | {"seconds": round(time.perf_counter() - began, 3)})
     if ranks()[0] == 0:
         with open(folder / "log.jsonl", "a") as stream:
@@ -192,9 +216,10 @@ def begin(config, folder):
     state = {"epoch": 0, "step": 0, "loss_bound": math.inf, "rows": []}
     if last.exists():
         saved = load_weights(model, last, config)
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
         state = {key: saved[key] for key in state}
+        if not finished(state, config):
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
     elif rank == 0 and config["epochs"]:
         save_checkpoint(folder / "init.pt", {"config": identity(config), "model": model.state_dict()})
     if device.type == "cuda":  # a CUDA graph reads the learning rate from the device; the saved groups may come from a CPU
@@ -208,29 +233,23 @@ def begin(config, folder):
 
 
 def evaluate_both(model, data):
-    """Losses, accuracies and gaps of a trained model, a dict, and the loss of each validation image, (n,) float32."""
-    result = {}
-    for part, images, labels in (("train", data.train_images, data.train_labels), ("val", data.val_images, data.val_labels)):
-        losses, result[f"{part}_accuracy"] = evaluate(model, data, images, labels)
-        result[f"{part}_loss"] = losses.mean().item()
-    result["gap"] = result["val_loss"] - result["train_loss"]
-    result["gap_accuracy"] = result["train_accuracy"] - result["val_accuracy"]
-    return result, losses.float().cpu().numpy()
+    """Losses, accuracies and gaps of a trained model, a dict."""
+    train_loss, train_accuracy = evaluate(model, data, data.train_images, data.train_labels)
+    val_loss, val_accuracy = evaluate(model, data, data.val_images, data.val_labels)
+    result = {"train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
+    return result | {"gap": val_loss - train_loss, "gap_accuracy": train_accuracy - val_accuracy}
 
 
 def finish(config, folder, data, model, state):
-    """Evaluate the trained model, write val_losses.npy and result.json and return what this one says."""
-    evaluated, val_losses = evaluate_both(model, data)
+    """Evaluate the trained model, write result.json and return what it says."""
     measures = [row["train_srr"] for row in state["rows"] if "train_srr" in row]
     result = {
         "reached_target": None if config["stop_at_loss"] is None else state["loss_bound"] < config["stop_at_loss"],
-        "epochs": state["epoch"], "steps": state["step"], **evaluated,
+        "epochs": state["epoch"], "steps": state["step"], **evaluate_both(model, data),
         "train_srr": [measures[0], measures[-1]] if measures else None,  # of the first and the last epoch
         "seconds": round(sum(row["seconds"] for row in state["rows"]), 3),
     }  # fmt: skip
     if ranks()[0] == 0:
-        np.save(array := io.BytesIO(), val_losses)
-        write_bytes(folder / "val_losses.npy", array.getvalue())
         write_json(folder / "result.json", result)
     return result
 

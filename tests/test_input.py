@@ -79,6 +79,13 @@ def test_drawn_settings():
     assert {run["batch_size"] for run in runs} == {8, 16}
     (same,) = runs_of(draw=3, lr=[0.0012345], dropout=[0.012345])
     assert (same["lr"], same["dropout"]) == (0.0012345, 0.012345)  # between one value and itself
+    keys = "model batch_size lr dropout weight_decay".split()
+    known = [("crate", 16, 0.0198, 0.22, 0.0401), ("crate", 16, 0.0058, 0.352, 0.0415)]  # published tables have these
+    known += [("vit", 8, 0.0013, 0.31, 0.0824), ("vit", 8, 0.0047, 0.0929, 0.053)]
+    own = [3077828531, 1784097937, 686205360, 2609479139]
+    for seeds in ([0], ["own"], [0, 5, "own"]):  # each setting with each seed
+        expected = [(*one, own[i] if seed == "own" else seed) for i, one in enumerate(known) for seed in seeds]
+        assert [tuple(run[key] for key in (*keys, "seed")) for run in runs_of(draw=2, **flags, seed=seeds)] == expected
 
 
 def test_status(script, tmp_path):

@@ -53,7 +53,6 @@ def test_a_row_per_run_and_a_row_per_layer(script, runs, tmp_path):
     code, printed, _ = script("measure", runs, "--out", out, "--images", 20)
     assert code == 0 and "a: " in printed and "2 models, 0 measured already" in printed
     rows, layers = table(out), table(out.with_name("some_layers.csv"), ["run", "layer"])
-    losses = np.load(out.with_name("some_val_losses.npz"))
     assert list(rows.index) == ["a", "b"] and list(layers.index) == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
     assert tuple(rows.columns[: len(COLUMNS) - 1]) == COLUMNS[1:] and COLUMNS[-2:] == ("gap", "gap_accuracy")
     for name in "ab":
@@ -68,7 +67,6 @@ def test_a_row_per_run_and_a_row_per_layer(script, runs, tmp_path):
         parts = layer_srr(model, images.prepare(images.train_images))
         assert row["srr"] == pytest.approx(np.mean([part["srr"] for part in parts]), rel=1e-5)
         assert row["srr_rate"] == pytest.approx(layers.loc[name]["rate"].mean())
-        assert losses["losses"][list(losses["run"]).index(name)].mean() == pytest.approx(result["val_loss"], rel=1e-5)
 
 
 def test_what_is_measured_is_kept_until_checkpoint_or_images_change(script, runs, tmp_path, monkeypatch):
@@ -93,9 +91,7 @@ def test_what_is_measured_is_kept_until_checkpoint_or_images_change(script, runs
     (runs / "a" / "measures.json").write_text("{")
     assert groups("--groups", "norms", "--images", 30) == [["norms"]]
     shutil.rmtree(runs / "a")
-    (runs / "b" / "val_losses.npy").unlink()
     assert groups(*CHEAP) and list(table(out).index) == ["b"]  # the tables are of these runs alone
-    assert not out.with_name("measures_val_losses.npz").exists()
 
 
 def test_names_and_what_is_left_out(script, runs, tmp_path):

@@ -3,16 +3,16 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from crate import training
+from crate.cli import InputError
 from crate.data import data_of
 from crate.kernels import full_precision
-from crate.runs import load_run, read_log, resolve, srr_layers
-from crate.training import begin, evaluate, fit, train, training_loss
+from crate.runs import load_checkpoint, load_run, read_log, resolve, save_checkpoint, srr_layers
+from crate.training import begin, evaluate, fit, reached_target, train
 from tests import reference
 
 BAR = training.tqdm(disable=True)
@@ -143,8 +143,6 @@ def test_log_result_and_files(tmp_path):
     assert result["gap"] == result["val_loss"] - result["train_loss"] and result["reached_target"] is None
     assert result["gap_accuracy"] == result["train_accuracy"] - result["val_accuracy"]
     assert result["train_srr"] == [rows[1]["train_srr"], rows[3]["train_srr"]]
-    losses = np.load(tmp_path / "val_losses.npy")
-    assert losses.shape == (25,) and losses.mean() == pytest.approx(result["val_loss"], rel=1e-6)
     one, _, trained, initial = load_run(tmp_path)
     data = data_of(one)
     for model, row in ((trained, rows[3]), (trained, result), (initial, rows[0])):
@@ -193,9 +191,49 @@ def test_checks_are_more_often_near_the_target(tmp_path, before, checks):
     assert steps == [math.ceil(25 * (i + 1) / checks) for i in range(checks)] + [50]  # the loss is high again
 
 
-def test_evaluation_and_the_training_loss_agree(tmp_path):
-    data, model, *_ = begin(config(dropout=0.5), tmp_path)
-    mean = evaluate(model, data, data.train_images, data.train_labels)[0].mean().item()
-    for enough in (math.inf, 1.001 * mean):
-        assert training_loss(model.train(), data, enough) == pytest.approx(mean)
-    assert training_loss(model, data, mean / 2) == mean / 2
+def test_the_stopping_criterion_is_the_training_loss(tmp_path):
+    data, model, _, _, state = begin(config(dropout=0.5), tmp_path)
+    mean, accuracy = evaluate(model, data, data.train_images, data.train_labels)
+    logits = model(data.prepare(data.train_images))
+    assert mean == pytest.approx(F.cross_entropy(logits, data.train_labels).item(), rel=1e-5)
+    assert accuracy == pytest.approx((logits.argmax(1) == data.train_labels).double().mean().item())
+    for target, below, bound in ((math.inf, True, mean), (1.001 * mean, True, mean), (mean / 2, False, mean / 2)):
+        assert reached_target({"stop_at_loss": target}, data, model, state, epoch_ends=False) == below
+        assert state["loss_bound"] == pytest.approx(bound) and model.training
+
+
+# Nothing is lost
+
+
+def test_a_rate_that_can_not_be_computed_ends_no_run(tmp_path, monkeypatch, capsys):
+    """It is null in the log, with a warning."""
+
+    def fail(*_, **__):
+        raise ValueError("layer 2: too large and too alike")
+
+    monkeypatch.setattr(training, "operator_rates", fail)
+    result, rows = train(config(epochs=2, log_srr_every=1), tmp_path, False), read_log(tmp_path)
+    assert [row.get("operators", 0) for row in rows] == [None, 0, None] and len(rows[2]["srr"]) == 3
+    assert math.isfinite(result["gap"]) and capsys.readouterr().err.count("is null in the log: layer 2: too large") == 2
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss of the step before was."""
+    one = config(epochs=3)
+    data, model, optimizer, scaler, state = begin(one, tmp_path)
+    fit(one | {"epochs": 1}, tmp_path, data, model, optimizer, scaler, state, BAR)
+    before = (tmp_path / "last.pt").read_bytes()
+    optimizer.register_step_post_hook(lambda *_: model.layers[1].ista.D.data.fill_(math.inf) if state["step"] == 5 else None)
+    with pytest.raises(InputError, match="epoch 2: the weights are not finite"):
+        fit(one, tmp_path, data, model, optimizer, scaler, state, BAR)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_finished_run_keeps_its_weights_alone(tmp_path):
+    """Also if killed before result.json; a run that finished before this was so is read, too."""
+    result, content = train(config(), tmp_path, False), load_checkpoint(tmp_path / "last.pt")
+    assert content.keys() == {"config", "model", "epoch", "step", "loss_bound", "rows"}
+    (tmp_path / "result.json").unlink()
+    assert train(config(), tmp_path, False) == result
+    save_checkpoint(tmp_path / "last.pt", content | {"optimizer": {}, "scaler": {}, "losses": torch.zeros(225)})
+    assert load_run(tmp_path)[1] == result
