@@ -27,20 +27,21 @@ RENAMED = {
 def unwrap(checkpoint):
     """The weights in a checkpoint as training scripts save it, {name: tensor}.
 
-    They are the dict itself or its entry "state_dict" or "model"; the prefixes "module." (DataParallel) and "_orig_mod."
-    (torch.compile) are dropped. Raises ValueError where there are no weights.
+    They are the dict itself, its entry "state_dict" or "model", or the only entry that has tensors; the prefixes "module."
+    (DataParallel) and "_orig_mod." (torch.compile) are dropped. Raises ValueError where there are no weights, or several.
     """
+
+    def tensors(entry):
+        return {name: value for name, value in entry.items() if isinstance(value, torch.Tensor)}
+
     for entry in ("state_dict", "model"):
         if isinstance(checkpoint.get(entry), dict):
             checkpoint = checkpoint[entry]
-    weights = {
-        re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): tensor
-        for name, tensor in checkpoint.items()
-        if isinstance(tensor, torch.Tensor)
-    }
+    within = [tensors(entry) for entry in checkpoint.values() if isinstance(entry, dict) and tensors(entry)]
+    weights = within[0] if len(within) == 1 and not tensors(checkpoint) else tensors(checkpoint)
     if not weights:
         raise ValueError(f"no weights in it, only {', '.join(map(str, list(checkpoint)[:5])) or 'an empty dict'}")
-    return weights
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): tensor for name, tensor in weights.items()}
 
 
 def from_released_crate(state_dict, heads):

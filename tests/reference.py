@@ -10,7 +10,7 @@ import torch
 
 from crate.model import VARIANTS as TABLE
 
-# What the paper (and we, of the last two) say of each variant: sign, heads, output matrix, sparsification.
+# What the paper (and we, of the last two) say of each variant: sign, attention, output matrix, sparsification.
 PAPER = {
     "crate-c": (+1, "U", "U", "ISTA"), "crate-n": (-1, "U", "U", "ISTA"), "crate-t": (+1, "U", "U^T", "ISTA"),
     "crate": (+1, "U", "W", "ISTA"), "crate-fix": (+1, "U", "random", "ISTA"), "crate-identity": (+1, "U", "I", "ISTA"),
@@ -21,7 +21,7 @@ VARIANTS = [name for name, row in TABLE.items() if all(row[i] in {known[i] for k
 
 
 def fields(variant):
-    """Sign, heads, output matrix and sparsification of a variant."""
+    """Sign, attention, output matrix and sparsification of a variant."""
     return PAPER.get(variant, TABLE[variant][:4])
 
 
@@ -71,23 +71,18 @@ def srr_parts(tokens, U, heads, sparsity=0.1, gamma=1.0):
 
 def update(rule, tokens, U, heads, alpha=1.0, gamma=1.0):
     """One layer of the attention-only experiment. Rules: Fig. 5 "a" .. "e", and "n" for Eq. 9."""
-    Z = tokens.mT
-    step = 0
+    Z, step = tokens.mT, 0
     for U_k in subspaces(U, heads):
         V = U_k.mT @ Z  # (..., p, N)
         gram = V.mT @ V
-        step = (
-            step
-            + U_k
-            @ {
-                "a": lambda: -gamma * V @ torch.linalg.inv(eye(gram.shape[-1], Z) + gamma * gram),
-                "b": lambda: -gamma * V + gamma**2 * V @ gram,
-                "c": lambda: -gamma * V,
-                "d": lambda: gamma**2 * V @ gram,
-                "e": lambda: gamma**2 * V @ torch.softmax(gram, dim=-2),
-                "n": lambda: -(gamma**2) * V @ torch.softmax(gram, dim=-2),
-            }[rule]()
-        )
+        step = step + U_k @ {
+            "a": -gamma * V @ torch.linalg.inv(eye(gram.shape[-1], Z) + gamma * gram),
+            "b": -gamma * V + gamma**2 * V @ gram,
+            "c": -gamma * V,
+            "d": gamma**2 * V @ gram,
+            "e": gamma**2 * V @ torch.softmax(gram, dim=-2),
+            "n": -(gamma**2) * V @ torch.softmax(gram, dim=-2),
+        }[rule]  # fmt: skip
     return (Z + alpha * step).mT
 
 
@@ -176,11 +171,8 @@ def layer(tokens, weights, variant, heads, keep=None, keep_output=1.0):
 
 def patches(images, size):
     """(B, C, H, W) -> (B, N, size size C): patches row by row, each flattened as (row, column, channel)."""
-    cut = [
-        images[:, :, i : i + size, j : j + size].permute(0, 2, 3, 1).flatten(1)
-        for i in range(0, images.shape[2], size)
-        for j in range(0, images.shape[3], size)
-    ]
+    rows, columns = range(0, images.shape[2], size), range(0, images.shape[3], size)
+    cut = [images[:, :, i : i + size, j : j + size].permute(0, 2, 3, 1).flatten(1) for i in rows for j in columns]
     return torch.stack(cut, dim=1)
 
 

@@ -41,7 +41,7 @@ def released_state(*, channels=3, patch=4, grid=2, width=12, depth=2, classes=5)
 SIZES = [dict(channels=3, patch=4, grid=2), dict(channels=1, patch=6, grid=1), dict(channels=3, patch=2, grid=4, depth=12)]
 
 
-@pytest.mark.parametrize("entry, prefix", [(None, ""), ("state_dict", "module."), ("model", "module._orig_mod.")])
+@pytest.mark.parametrize("entry, prefix", [(None, ""), ("state_dict", "module."), ("model", "module._orig_mod."), ("net", "")])
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "-".join(map(str, sizes.values())))
 def test_import(sizes, entry, prefix):
     state, depth, size = released_state(**sizes), sizes.get("depth", 2), sizes["patch"] * sizes["grid"]
@@ -49,7 +49,7 @@ def test_import(sizes, entry, prefix):
     wide = {name: tensor.double() for name, tensor in state.items()}
     expected = reference.released_forward(images, wide, heads=3, patch_size=sizes["patch"], depth=depth)
     saved = {prefix + name: tensor for name, tensor in state.items()}
-    model = from_released_crate({"epoch": 3, entry: saved} if entry else saved, heads=3)
+    model = from_released_crate({"optimizer": {"state": {}}, entry: saved} if entry else saved, heads=3)
     assert_close(model(images.float()), expected, 1e-4)
     assert_close(model.double()(images), expected, 1e-10)
 
@@ -123,6 +123,7 @@ def test_without_labels_that_fit(measured, script, tmp_path):
 FOREIGN = {
     "pickled objects": (lambda: {"args": argparse.Namespace(lr=1)}, "not a checkpoint of tensors"),
     "no weights": (lambda: {"state_dict": {}}, "no weights"),
+    "two networks": (lambda: {"student": released_state(), "teacher": released_state()}, "only student, teacher"),
     "list": (lambda: [torch.zeros(2)], "holds a list"),
     "other network": (lambda: nn.Linear(2, 2).state_dict(), "not a released CRATE checkpoint"),
     "other heads": (lambda: released_state(width=16), "--heads 3"),
