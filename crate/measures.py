@@ -177,7 +177,7 @@ def path_norm(model, image_shape, effective=True):
     with evaluating(squared):
         if effective:
             for layer in squared.layers:
-                layer.sign = layer.sign**2
+                layer.step = layer.step**2
                 if layer.ista:
                     step = layer.ista.matrix().square()
                     layer.ista.forward = lambda tokens, step=step: F.relu(F.linear(tokens, step))
@@ -233,10 +233,9 @@ def noise_scale(model, images, labels, magnitude_aware=False, chunk=256):
     ]
 
     def drop(scale):
-        spread = dict.fromkeys(weights, scale)
+        total, spread = 0.0, dict.fromkeys(weights, scale)
         if magnitude_aware:
             spread = {name: (scale**2 * w.square() + EPS**2).sqrt() for name, w in weights.items()}
-        total = 0.0
         for z in directions:
             noisy = {name: w + spread[name] * z[name] for name, w in weights.items()}
             total += accuracy(model, noisy, images, labels, chunk)
@@ -338,8 +337,9 @@ def measure(model, initial, data, groups, images=10_000):
         return details.get("margin")
 
     def subset():
-        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:images].sort().values
-        chosen = chosen.to(labels.device)
+        chosen = (
+            torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:images].sort().values.to(labels.device)
+        )
         return Prepared(data.train_images[chosen], data.prepare), labels[chosen]
 
     def norms():

@@ -14,9 +14,9 @@ from crate.rates import merge_heads, split_heads
 
 
 class Variant(NamedTuple):
-    """A model type, Y = Z + sign (output matrix) (attention), then Z' = sparsification of Y, LayerNorm before each."""
+    """A model type, Y = Z + step (output matrix) (attention), then Z' = sparsification of Y, LayerNorm before each."""
 
-    sign: float
+    step: float  # its size, and its sign
     attention: str  # a key of ATTENTION
     output: str  # "U" or "U^T" (tied), "W" (learned), "random" (fixed) or "I"
     sparsification: str  # "ISTA" or "MLP"
@@ -67,6 +67,8 @@ class MSSA(nn.Module):
 
     def __init__(self, *, width, heads, output, attention="U", dropout=0.0, temperature="sqrt-p"):
         super().__init__()
+        if output not in ("U", "U^T", "W", "random", "I"):
+            raise ValueError(f"output matrix {output} is unknown; choose from U, U^T, W, random, I")
         self.heads, self.output, self.dropout = heads, output, dropout
         self.attend = ATTENTION[attention]
         self.scale = (width // heads) ** -0.5 if temperature == "sqrt-p" else 1.0
@@ -120,14 +122,14 @@ class ISTA(nn.Module):
 
 
 class Layer(nn.Module):
-    """Y = Z + sign MSSA(LN(Z)) (Eq. 8; Eq. 9 with sign -1), Z' = ISTA(LN(Y)) (Eq. 3); alpha = gamma = 1.
+    """Y = Z + step MSSA(LN(Z)) (Eq. 8: step 1; Eq. 9: step -1), Z' = ISTA(LN(Y)) (Eq. 3); alpha = gamma = 1.
 
     In vit, Z' = Y + MLP(LN(Y)).
     """
 
     def __init__(self, variant, *, width, heads, dropout=0.0, temperature="sqrt-p", **ista):
         super().__init__()
-        self.sign = variant.sign
+        self.step = variant.step
         self.norm1 = nn.LayerNorm(width)
         self.mssa = MSSA(
             width=width, heads=heads, output=variant.output, attention=variant.attention,
@@ -139,7 +141,7 @@ class Layer(nn.Module):
             self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def compress(self, tokens):
-        return torch.add(tokens, self.mssa(self.norm1(tokens)), alpha=self.sign)
+        return torch.add(tokens, self.mssa(self.norm1(tokens)), alpha=self.step)
 
     def sparsify(self, tokens):
         if self.ista:

@@ -10,7 +10,7 @@ import torch
 
 from crate.model import VARIANTS as TABLE
 
-# What the paper (and we, of the last two) say of each variant: sign, attention, output matrix, sparsification.
+# What the paper (and we, of the last two) say of each variant: size of the step, attention, output matrix, sparsification.
 PAPER = {
     "crate-c": (+1, "U", "U", "ISTA"), "crate-n": (-1, "U", "U", "ISTA"), "crate-t": (+1, "U", "U^T", "ISTA"),
     "crate": (+1, "U", "W", "ISTA"), "crate-fix": (+1, "U", "random", "ISTA"), "crate-identity": (+1, "U", "I", "ISTA"),
@@ -21,7 +21,7 @@ VARIANTS = [name for name, row in TABLE.items() if all(row[i] in {known[i] for k
 
 
 def fields(variant):
-    """Sign, attention, output matrix and sparsification of a variant."""
+    """Size of the step, attention, output matrix and sparsification of a variant."""
     return PAPER.get(variant, TABLE[variant][:4])
 
 
@@ -148,7 +148,7 @@ def mlp(tokens, weights):
 
 
 def compression_step(normed, weights, variant, heads, keep=None):
-    """What is added to the tokens, times the sign: (..., N, d), from LayerNormed tokens."""
+    """What is added to the tokens, times its size: (..., N, d), from LayerNormed tokens."""
     U, kind = weights["mssa.U.weight"].mT, fields(variant)[1]
     if kind == "exact":
         return normed - update("a", normed, U, heads)
@@ -159,9 +159,9 @@ def compression_step(normed, weights, variant, heads, keep=None):
 
 def layer(tokens, weights, variant, heads, keep=None, keep_output=1.0):
     """One layer's output, from that layer's weights; `keep` and `keep_output` are dropout's factors."""
-    sign, _, _, sparsification = fields(variant)
+    size, _, _, sparsification = fields(variant)
     step = compression_step(layer_norm(tokens, weights, "norm1"), weights, variant, heads, keep)
-    tokens = tokens + sign * step * keep_output
+    tokens = tokens + size * step * keep_output
     normed = layer_norm(tokens, weights, "norm2")
     return tokens + mlp(normed, weights) if sparsification == "MLP" else ista(normed, weights["ista.D"])
 

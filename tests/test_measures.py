@@ -90,8 +90,8 @@ def test_which_parameters_count(name):
 @pytest.mark.parametrize("name", [*reference.VARIANTS, "half"])
 def test_path_norm_is_the_textbook_forward_pass_of_squares(name, effective, monkeypatch):
     monkeypatch.setitem(VARIANTS, "half", Variant(+0.5, "U", "U^T", "ISTA", "half a step"))
-    model, (sign, *others) = small_model(name, seed=3), reference.fields(name)
-    monkeypatch.setattr(reference, "fields", lambda variant: (sign**2 if effective else sign, *others))
+    model, (size, *others) = small_model(name, seed=3), reference.fields(name)
+    monkeypatch.setattr(reference, "fields", lambda variant: (size**2 if effective else size, *others))
     weights = {key: tensor.double() ** 2 for key, tensor in reference.copies(model).items()}
     weights |= {key: torch.zeros_like(weights[key]) for key in ("cls_token", "pos_embedding")}
     monkeypatch.setattr(reference, "layer_norm", lambda tokens, weights, name: tokens)

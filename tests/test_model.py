@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from crate.model import ATTENTION, ISTA, VARIANTS, Layer, Variant, build_model
+from crate.model import ATTENTION, ISTA, MSSA, VARIANTS, Layer, Variant, build_model
 from crate.rates import split_heads
 from crate.srr import srr
 from tests import reference
@@ -136,6 +136,8 @@ def test_dropout_after_the_positions_and_none_in_eval_mode(variant):
 def test_sizes_that_do_not_fit(key, value):
     with pytest.raises(ValueError, match=f"{key.replace('_', ' ')} {value}"):
         build_model("crate", **SMALL | {key: value})
+    with pytest.raises(ValueError, match="output matrix V is unknown"):
+        MSSA(width=WIDTH, heads=K, output="V")
 
 
 @pytest.mark.parametrize("variant", WITHOUT_VIT)  # torch's kernel says that it can't

@@ -169,11 +169,11 @@ def test_rates_around_the_operators(variant):
     model, images = small_model(variant), images_for(6)
     weights, _, outputs = expected_forward(model, variant, images)
     rows = operator_rates(model, images, sparsity=0.3, gamma=0.8, chunk=4)
-    sign, _, _, sparsification = reference.fields(variant)
+    size, _, _, sparsification = reference.fields(variant)
     for l, points in enumerate(rows):
         own, U, before = reference.of_layer(weights, l), model.layers[l].mssa.U.weight.mT, outputs[l]
         step = reference.compression_step(reference.layer_norm(before, own, "norm1"), own, variant, HEADS)
-        tokens = {"input": before, "compressed": before + sign * step}
+        tokens = {"input": before, "compressed": before + size * step}
         if sparsification == "ISTA":
             tokens["normalised"] = reference.layer_norm(tokens["compressed"], own, "norm2")
         tokens["output"] = outputs[l + 1]
