@@ -20,9 +20,9 @@ from crate.tables import numbers, read_cells, settings, shown
 
 FILES = ["correlation.csv", "correlation.md", "forest.png", "scatter.png", "srr.png"]
 PAGE = """
-Kendall's tau with `{gap}`: over all pairs of models, and over pairs that share something; under each hyperparameter psi, over
-pairs that differ in it alone, Psi their mean. In brackets 95 % intervals, {resamples} bootstrap resamples of the models: about
-the types that were trained, not about new ones.
+Kendall's tau with `{gap}`: over all pairs of {what}, and over pairs that share something; under each hyperparameter psi, over
+pairs that differ in it alone, Psi their mean. In brackets 95 % intervals, {resamples} bootstrap resamples of the settings:
+about the types that were trained, not about new ones.
 """
 LEAD = """tau of srr minus that of its closest rival, {lead_rival}: {lead}. The rival is chosen anew in every resample; srr is
 above all rivals in {share_first:.0%} of them.
@@ -37,6 +37,7 @@ def parse_arguments():
     add("--gap", nargs="+", metavar="COLUMN", help="generalisation gaps (default: gap and gap_accuracy, where they are there)")
     same = "also tau of the pairs that share these (default: model and model,lr, where these are hyperparameters)"
     add("--same", nargs="+", metavar="COLUMN[,COLUMN]", help=same)
+    add("--mean-over-seeds", action="store_true", help="rank the settings by their means over seeds (default: every model)")
     add("--measures", nargs="+", metavar="COLUMN", help="default: the columns of numbers to the right of the gap, but gap*")
     add("--by", metavar="COLUMN", help="also each value alone; one more hyperparameter of all rows (default: none)")
     add("--resamples", type=number(int, 1), default=10_000, help="default: %(default)s")
@@ -49,7 +50,7 @@ def read_table(arguments):
     """(cells, the columns that count, names of measures); fills in what the arguments leave open. Raises InputError."""
     cells = read_cells(arguments.table)
     arguments.axes = list(dict.fromkeys([*arguments.hyperparameters, *([arguments.by] if arguments.by else [])]))
-    arguments.gap = arguments.gap or [name for name in ("gap", "gap_accuracy") if name in cells]
+    arguments.gap = [*dict.fromkeys(arguments.gap or [name for name in ("gap", "gap_accuracy") if name in cells])]
     same = ranks.SAME if arguments.same is None else [tuple(dict.fromkeys(names.split(","))) for names in arguments.same]
     arguments.same = [names for names in same if arguments.same or set(names) <= {*arguments.axes}]
     known = {"--hyperparameters": arguments.hyperparameters, "--by": arguments.axes, "--same": sum(arguments.same, ())}
@@ -97,38 +98,42 @@ def text(row, column):
 
 def analyse(folder, where, table, axes, measures, arguments):
     """Write and draw the statistics of the rows of `table` into `folder`, and say in one line what was found."""
-    if "model" in axes and "srr" in measures and table["model"].nunique() > 1:  # what SRR says of a model's type alone
-        table = table.assign(baseline_type=table.groupby("model")["srr"].transform("mean"))
-    if "lr" in axes and table["lr"].dtype == float and table["lr"].nunique() > 1:
+    if "model" in axes and "srr" in measures and table["model"].nunique() > 1 and "baseline_type" not in table:
+        table = table.assign(baseline_type=table.groupby("model")["srr"].transform("mean"))  # what SRR says of a type alone
+    if "lr" in axes and table["lr"].dtype == float and table["lr"].nunique() > 1 and "baseline_lr" not in table:
         table = table.assign(baseline_lr=table["lr"])
     measures = [*measures, *(name for name in ("baseline_type", "baseline_lr") if name in table and name not in measures)]
-    found = []
+    found, means = [], arguments.mean_over_seeds
     for gap in arguments.gap:
+        options = dict(means=means, resamples=arguments.resamples, rng=arguments.seed)
         try:
-            rows = ranks.correlate(
-                table, axes, gap, measures, arguments.same, resamples=arguments.resamples, rng=arguments.seed
-            )
+            rows = ranks.correlate(table, axes, gap, measures, arguments.same, **options)
         except ValueError as error:
             raise InputError(f"--gap {gap}: {error}")
         found.append(pd.DataFrame(rows).sort_values("tau", ascending=False, kind="stable"))
+    if means:
+        table = ranks.mean_over_seeds(table, axes, [*arguments.gap, *measures])
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / FILES[0], pd.concat(found).to_csv(index=False, na_rep="nan"))
-    write_text(folder / FILES[1], "\n".join(markdown(rows, table, axes, arguments) for rows in found))
-    best = found[0].iloc[0]
-    print(f"{where}: {len(table)} models, {len(found[0])} measures; highest tau: {best['measure']} {text(best, 'tau')}")
     plot(folder, table, found[0][np.isfinite(found[0]["tau"])], arguments)
+    page = "\n".join(markdown(rows, table, axes, arguments) for rows in found)
+    page += "".join(f"\n![{name}]({name})\n" for name in FILES[2:] if (folder / name).exists())
+    write_text(folder / FILES[0], pd.concat(found).to_csv(index=False, na_rep="nan"))
+    write_text(folder / FILES[1], page)
+    best, what = found[0].iloc[0], "settings" if means else "models"
+    print(f"{where}: {len(table)} {what}, {len(found[0])} measures; highest tau: {best['measure']} {text(best, 'tau')}")
 
 
 def markdown(rows, table, axes, arguments):
     """The statistics for one gap in the layout of Tables 1 and 5, with intervals, and what they are."""
     columns = {f"psi_{axis}": axis for axis in axes} | {"Psi": "Psi", "tau": "tau"}
     for names in arguments.same:
-        close = f" (lr within a factor of {ranks.CLOSE})" if ranks.matched(table, names)[2] else ""
-        columns["tau_same_" + "_".join(names)] = f"tau, same {', '.join(names)}{close}"
-    records = rows.to_dict("records")
+        close = "lr" in names and ranks.random_rates(table, ranks.settings_of(table, axes))
+        near = f" (lr within a factor of {ranks.CLOSE})" if close else ""
+        columns["tau_same_" + "_".join(names)] = f"tau, same {', '.join(names)}{near}"
+    records, what = rows.to_dict("records"), "settings" if arguments.mean_over_seeds else "models"
     lines = [[row["measure"], *(text(row, column) for column in columns), row["models"]] for row in records]
-    page = markdown_table(["measure", *columns.values(), "models"], lines)
-    page += PAGE.format(gap=records[0]["gap"], resamples=arguments.resamples)
+    page = markdown_table(["measure", *columns.values(), what], lines)
+    page += PAGE.format(gap=records[0]["gap"], resamples=arguments.resamples, what=what)
     srr = next((row for row in records if row["measure"] == "srr" and "lead" in row), None)
     return page + LEAD.format(**srr | {"lead": text(srr, "lead")}) if srr else page
 
@@ -154,11 +159,12 @@ def plot(folder, table, rows, arguments):
 def publish(new, out, table):
     """Put the files below `new` in the place of those that an earlier call left in `out`; nothing else there is touched."""
     files = [file.relative_to(new) for file in new.rglob("*") if file.is_file()]
-    ours = [folder for folder in (out, *out.glob("*=*")) if all((folder / name).is_file() for name in FILES[:2])]
-    stale = [
-        file for folder in ours for name in FILES if (file := folder / name).is_file() and file.relative_to(out) not in files
-    ]
+    earlier = {page.parent: page.read_text(errors="replace") for page in [*out.glob(FILES[1]), *out.glob(f"*=*/{FILES[1]}")]}
+    ours = [folder / name for folder, page in earlier.items() for name in FILES if name in FILES[:2] or f"({name})" in page]
+    stale = [file for file in ours if file.is_file() and file.relative_to(out) not in files]
     for file in [*stale, *(out / file for file in files)]:
+        if file.exists() and file.parent not in earlier:
+            raise InputError(f"--out {out}: {file} is there, and is not of an earlier call; name another folder")
         if file.exists() and Path(table).exists() and file.samefile(table):
             raise InputError(f"--out {out}: {file} would no longer be the table that is read")
     for file in files:

@@ -31,12 +31,13 @@ def sets_of_models(results):
 
 def taus_of(table, gap, same, resamples, rng):
     """(taus of MEASURES and LEAD (m, 1 + R), their spread, models, pairs) of one set of models; None for too few pairs."""
-    i, j, _ = ranks.matched(table, same)
+    setting = np.arange(len(table))
+    i, j = ranks.matched(table, same, setting)
     if len(i) < ranks.FEWEST:
         return None
     stratum = ranks.levels(table["model"]) if same else np.zeros(len(table))
-    draws = ranks.draw(np.arange(len(table)), stratum, resamples, rng)
-    taus = ranks.tau(ranks.agreement(table, gap, MEASURES, i, j), i, j, draws)
+    draws = ranks.draw(setting, stratum, resamples, rng)
+    taus = ranks.tau(ranks.agreement(table, gap, MEASURES, i, j), i, j, draws, setting)
     taus = np.vstack([taus, taus[0] - taus[MEASURES.index("baseline_type")]])
     return taus, ranks.spread(table, "srr", i, j), len(table), len(i)
 

@@ -4,8 +4,9 @@ For a set of pairs of models, tau is the mean of sign(mu_a - mu_b) sign(g_a - g_
 give Kendall's tau, pairs that differ in one hyperparameter alone psi, pairs that share the model type tau of one type. What the
 models of every pair share can't explain the agreement that is left.
 
-A bootstrap draws models: a pair counts the product of its models' draws, and copies of one model make no pair. Draws are
-(n, 1 + R), ones in the first column: column 0 of what comes out is the statistic, the R others are its resamples.
+A bootstrap draws settings with all their seeds: a pair counts the product of its settings' draws, and copies of one setting
+make no pair. Draws are (n, 1 + R), ones in the first column: column 0 of what comes out is the statistic, the R others are its
+resamples. Pairs are two arrays of row numbers, i and j, (P,).
 """
 
 import math
@@ -18,6 +19,7 @@ EQUAL, ROUNDING = 1e-6, 1e-12  # hyperparameters, and measures and gaps, that di
 CLOSE = 1.25  # learning rates drawn at random are never equal: they are the same within this factor
 FEWEST = 20  # pairs that share something give no number if they are fewer
 SAME = (("model",), ("model", "lr"))
+OTHER_SEED = "baseline_other_seed"
 NO_RIVALS = ("srr", "rate_subspaces", "baseline_")  # SRR, its variants and parts, and baselines; params is one, too
 
 
@@ -41,28 +43,36 @@ def levels(values, equal=EQUAL):
     return np.where(np.isfinite(values), codes, math.nan)
 
 
-def matched(table, same=()):
-    """The pairs of rows that share the columns `same`: indices (P,), (P,), and whether rates were the same within CLOSE.
+def settings_of(table, columns):
+    """0, 1, 2, .. for equal rows of hyperparameters, (n,): models of one setting are its seeds."""
+    codes = np.nan_to_num([levels(table[column]) for column in columns], nan=-1)  # missing is a level, too
+    return np.unique(codes.reshape(len(columns), len(table)), axis=1, return_inverse=True)[1].ravel()
 
-    That is so where fewer than half of the models have a partner at exactly their rate.
-    """
+
+def random_rates(table, setting):
+    """Whether learning rates are numbers of which fewer than half of the settings share theirs with another one."""
+    _, count = np.unique(levels(table["lr"])[np.unique(setting, return_index=True)[1]], return_counts=True)
+    return pd.api.types.is_numeric_dtype(table["lr"]) and count[count > 1].sum() < count.sum() / 2
+
+
+def matched(table, same, setting):
+    """The pairs of rows that share the columns `same`; learning rates within CLOSE where they were drawn at random."""
     i, j = np.triu_indices(len(table), 1)
-    for column in sorted(same, key="lr".__eq__):  # the rate last
-        code = np.nan_to_num(levels(table[column]), nan=-1)
-        kept = code[i] == code[j]
-        random = column == "lr" and len(np.union1d(i[kept], j[kept])) < len(table) / 2
-        if random and pd.api.types.is_numeric_dtype(rate := table["lr"]):
-            rate = rate.to_numpy()
+    for column in same:
+        if column == "lr" and random_rates(table, setting):
+            rate = table["lr"].to_numpy(float)
             kept = np.maximum(rate[i], rate[j]) <= CLOSE * (1 + EQUAL) * np.minimum(rate[i], rate[j])
-            return i[kept], j[kept], True
+        else:
+            code = settings_of(table, [column])
+            kept = code[i] == code[j]
         i, j = i[kept], j[kept]
-    return i, j, False
+    return i, j
 
 
 def draw(setting, stratum, resamples, rng):
-    """How often each model is drawn, (n, 1 + R): settings (n,) inside each stratum (n,), each with all its seeds."""
+    """How often each row is drawn, (n, 1 + R): settings (n,) inside each stratum (n,), each with all its seeds."""
     draws = np.ones((len(setting), 1 + resamples), np.float32)
-    if len(np.unique(setting)) == 1:  # no interval
+    if len(np.unique(setting)) == len(np.unique(stratum)):  # nothing to draw: no interval
         draws[:, 1:] = math.nan
         return draws
     for own in (stratum == level for level in np.unique(stratum)):
@@ -71,27 +81,40 @@ def draw(setting, stratum, resamples, rng):
     return draws
 
 
-def signs(table, column, i, j):
-    """sign(x_i - x_j) of a column over pairs, (P,); NaN where one of the two is missing."""
-    x = levels(table[column], ROUNDING)
-    return np.sign(x[i] - x[j]).astype(np.float32)
-
-
 def agreement(table, gap, measures, i, j):
-    """sign(mu_i - mu_j) sign(g_i - g_j), (m, P)."""
-    return np.array([signs(table, measure, i, j) for measure in measures]) * signs(table, gap, i, j)
+    """sign(mu_i - mu_j) sign(g_i - g_j) of each measure over pairs, (m, P); NaN where one of the four is missing."""
+    order = np.array([levels(table[name], ROUNDING) for name in (gap, *measures)])
+    signs = np.sign(order[:, i] - order[:, j]).astype(np.float32)
+    return signs[1:] * signs[0]
 
 
 @np.errstate(invalid="ignore")
-def tau(agreed, i, j, draws, group=None):
+def other_seed(gap, setting):
+    """How well the gap of one seed ranks that of another, for each two settings, (settings, settings): what they are worth.
+
+    The mean of sign(g_a - g_b) sign(g_a' - g_b') over all seeds a and a' != a of the one setting, b and b' != b of the other.
+    NaN for a setting with itself, and for one that has no other seed.
+    """
+    gap = levels(gap, ROUNDING)
+    sign = np.sign(gap[:, None] - gap)
+    own = (np.unique(setting)[:, None] == setting).astype(float)  # (settings, n)
+    others = own.T @ own - np.eye(len(gap))  # (n, n): another seed of the same setting
+    choices = own.sum(axis=1) * (own.sum(axis=1) - 1)
+    means = own @ (sign * (others @ sign @ others)) @ own.T / np.outer(choices, choices)
+    np.fill_diagonal(means, math.nan)
+    return means
+
+
+@np.errstate(invalid="ignore")
+def tau(agreed, i, j, draws, setting, group=None):
     """The mean of agreed (m, P) over pairs, in each group (P,), then over groups: (m, 1 + R), NaN where there is no pair."""
-    known, row = np.unique(np.isfinite(agreed).astype(np.float32), axis=0, return_inverse=True)  # most measures lack none
-    agreed, row = np.nan_to_num(agreed), row.ravel()
+    known, agreed = np.isfinite(agreed).astype(np.float32), np.nan_to_num(agreed)
     groups = [slice(None)] if group is None else [group == level for level in np.unique(group)]
+    seeds = setting[i] == setting[j]  # a setting that is drawn twice has twice its pairs, not four times
     means, size = np.full((len(agreed), draws.shape[1]), math.nan), 1 + 20_000_000 // (1 + len(i))
-    for block in (slice(start, start + size) for start in range(0, draws.shape[1] if groups else 0, size)):
-        copies = draws[i, block] * draws[j, block]  # (P, block); whole numbers, exact in float32
-        totals = [(agreed[:, own] @ copies[own]).astype(float) / (known[:, own] @ copies[own])[row] for own in groups]
+    for block in (slice(start, start + size) for start in range(0, draws.shape[1], size)):
+        copies = draws[i, block] * np.where(seeds[:, None], 1, draws[j, block])  # (P, block); whole numbers, exact in float32
+        totals = [(agreed[:, own] @ copies[own]).astype(float) / (known[:, own] @ copies[own]) for own in groups]
         means[:, block] = finite_mean(np.array(totals))
     return means
 
@@ -102,7 +125,8 @@ def spread(table, measure, i, j):
     Two pairs with one model in common agree in sign with probability 2/3, two others with 1/2. So the variance of the sum is
     (pairs + sum_i r_i^2) / 3, r_i the sum of the signs of model i against its partners; n (n - 1) (2 n + 5) / 18 for all pairs.
     """
-    sign = np.nan_to_num(signs(table, measure, i, j)).astype(float)
+    order = levels(table[measure], ROUNDING)
+    sign = np.nan_to_num(np.sign(order[i] - order[j]))
     r = np.bincount(i, sign, len(table)) - np.bincount(j, sign, len(table))
     return math.sqrt((abs(sign).sum() + r @ r) / 3) / len(i)
 
@@ -125,54 +149,64 @@ def pooled(taus, spreads):
     return together[0], *interval(together[1:]), chi2.sf(Q, len(taus) - 1) if len(taus) > 1 else math.nan
 
 
-def correlate(table, hyperparameters, gap, measures, same=SAME, *, resamples=10_000, rng=0):
-    """One row (dict) for each measure: its agreement with the column `gap` over all pairs and over matched ones.
+def mean_over_seeds(table, hyperparameters, columns):
+    """A row a setting, in the order of settings_of: of `columns` the mean over its seeds that are finite, else the first."""
+    seeds = table.replace([math.inf, -math.inf], math.nan).groupby(settings_of(table, hyperparameters))
+    return seeds.first().assign(**seeds[columns].mean())
 
-    table: a DataFrame or a list of dicts, a row per model. Rows with equal hyperparameters are the seeds of one setting. A
-    measure or gap that isn't finite drops the model for this measure. same: columns that pairs share, for each tau_same_*; of
-    the default what consists of hyperparameters. lead: tau of srr minus the highest of its rivals, chosen anew in every
-    resample; share_first: in how many of them srr is above all. Raises ValueError for fewer than three models.
+
+def statistics(table, hyperparameters, gap, measures, same=SAME, *, means=False, resamples=10_000, rng=0):
+    """What `correlate` tabulates: {statistic: (m + 1, 1 + R)} and {statistic: pairs, or "models": models, (m + 1,)}.
+
+    The last row is OTHER_SEED. With `means`, each model is the mean of a setting over its seeds.
     """
-    measures, rng = [*measures], np.random.default_rng(rng)
-    table = pd.DataFrame(table).astype({name: float for name in (gap, *measures)})
+    table, rng = pd.DataFrame(table).astype({name: float for name in (gap, *measures)}), np.random.default_rng(rng)
     table = table[np.isfinite(table[gap])].reset_index(drop=True)
-    if len(table) < 3:
-        raise ValueError(f"{len(table)} models with a finite {gap}; ranks need 3 or more")
     axes = list(dict.fromkeys(hyperparameters))
-    same = [columns for columns in same if same is not SAME or set(columns) <= set(axes)]
-    codes = np.nan_to_num([levels(table[axis]) for axis in axes], nan=-1).T  # (n, axes)
-    setting = np.unique(codes, axis=0, return_inverse=True)[1].ravel()
-    if len(np.unique(setting)) < len(table):  # the gap of another seed
-        table["baseline_other_seed"] = table.groupby(setting)[gap].transform(
-            lambda g: np.roll(g, 1) if len(g) > 1 else math.nan
-        )
-        measures.append("baseline_other_seed")
-    samples, counts = {}, {}  # {statistic: (m, 1 + R)}, {statistic: (m,)}
+    setting = settings_of(table, axes)
+    reference = other_seed(table[gap].to_numpy(), setting)
+    if means:
+        table = mean_over_seeds(table, axes, [gap, *measures])
+        setting = np.arange(len(table))
+    if len(table) < 3:
+        raise ValueError(f"{len(table)} {'settings' if means else 'models'} with a finite {gap}; ranks need 3 or more")
+    finite = [*np.isfinite(table[measures]).T.to_numpy(), np.isfinite(reference).any(axis=1)[setting]]
+    samples, counts = {}, {"models": np.sum(finite, axis=1)}
 
     def add(statistic, i, j, draws, group=None):
-        agreed = agreement(table, gap, measures, i, j)
-        if measures[-1] == "baseline_other_seed":
-            agreed[-1, setting[i] == setting[j]] = math.nan
-        counts[statistic], samples[statistic] = np.isfinite(agreed).sum(axis=1), tau(agreed, i, j, draws, group)
+        agreed = np.vstack([agreement(table, gap, measures, i, j), reference[setting[i], setting[j]]])
+        counts[statistic], samples[statistic] = np.isfinite(agreed).sum(axis=1), tau(agreed, i, j, draws, setting, group)
 
     everyone = draw(setting, np.zeros(len(table)), resamples, rng)
-    i, j, _ = matched(table)
+    i, j = matched(table, (), setting)
     add("tau", i, j, everyone)
-    for columns in same:
-        name, stratum = "tau_same_" + "_".join(columns), np.zeros(len(table))
-        if columns[0] != "lr" and table[columns[0]].nunique() < len(np.unique(setting)):  # no type is lost
-            stratum = np.nan_to_num(levels(table[columns[0]]), nan=-1)
-        add(name, *matched(table, columns)[:2], draw(setting, stratum, resamples, rng))
+    for columns in same if same is not SAME else [columns for columns in SAME if set(columns) <= set(axes)]:
+        name = "tau_same_" + "_".join(columns)
+        stratum = settings_of(table, ["model"]) if "model" in columns else np.zeros(len(table))  # no type is lost
+        add(name, *matched(table, columns, setting), draw(setting, stratum, resamples, rng))
         samples[name][counts[name] < FEWEST] = math.nan
-    for k, axis in enumerate(axes):
-        group = np.unique(np.delete(codes, k, axis=1), axis=0, return_inverse=True)[1].ravel()
-        alone = (group[i] == group[j]) & (codes[i, k] != codes[j, k])
+    for axis in axes:
+        group = settings_of(table, [name for name in axes if name != axis])
+        alone = (group[i] == group[j]) & (setting[i] != setting[j])
         add(f"psi_{axis}", i[alone], j[alone], everyone, group[i[alone]])
     samples["Psi"] = finite_mean(np.array([samples[f"psi_{axis}"] for axis in axes]))  # Eq. 13
+    return samples, counts
 
+
+def correlate(table, hyperparameters, gap, measures, same=SAME, **options):
+    """One row (dict) for each measure: its agreement with the column `gap` over all pairs and over matched ones.
+
+    table: a DataFrame or a list of dicts, a row per model. Rows with equal hyperparameters are the seeds of one setting; where
+    there are any, OTHER_SEED is one more row. A measure or gap that isn't finite drops the model for this measure. same:
+    columns that pairs share, for each tau_same_*; of the default what consists of hyperparameters. lead: tau of srr minus the
+    highest of its rivals, chosen anew in every resample; share_first: in how many of them srr is above all. options: those of
+    `statistics`. Raises ValueError for fewer than three models.
+    """
+    measures = [*measures]
+    samples, counts = statistics(table, hyperparameters, gap, measures, same, **options)
     rows = []
-    for m, name in enumerate(measures):
-        rows.append({"gap": gap, "measure": name, "models": int(np.isfinite(table[name]).sum())})
+    for m, name in enumerate([*measures, OTHER_SEED] if counts["models"][-1] else measures):
+        rows.append({"gap": gap, "measure": name, "models": int(counts["models"][m])})
         for statistic, values in samples.items():
             rows[m][statistic] = values[m, 0]
             if not statistic.startswith("psi_"):

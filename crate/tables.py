@@ -4,7 +4,6 @@ import csv
 import io
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from crate import ranks
@@ -44,9 +43,17 @@ def numbers(cells, flag=None):
 
 
 def settings(cells):
-    """A column of hyperparameters: numbers, equal within 1e-6, if all cells are; else text, in which None and NA are levels."""
+    """A column of hyperparameters: numbers, equal within 1e-6, if all cells are; else text, in which None and NA are levels.
+
+    Numbers among text become equal text. An empty cell is refused.
+    """
+    if (cells == "").any():
+        raise InputError(
+            f"column {cells.name}: line {cells.index[cells == ''][0]}: an empty cell; a hyperparameter has a value"
+        )
     values = pd.to_numeric(cells, errors="coerce").astype(float)
-    return values.groupby(ranks.levels(values)).transform("first") if np.isfinite(values).all() else cells
+    values = values.groupby(ranks.levels(values)).transform("first")  # NaN where a cell is no finite number
+    return values if values.notna().all() else cells.where(values.isna(), values.map(shown))
 
 
 def shown(level):

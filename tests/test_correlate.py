@@ -124,6 +124,15 @@ def test_a_table_that_is_not_ours(call, tmp_path):
         table["tau"]["m2"]
     )
     assert files(tmp_path / "out") == FILES[:4]
+    text = (tmp_path / "out/correlation.md").read_text()
+    assert "50 bootstrap resamples of the settings" in text and text.count("![") == 2
+    code, output, error = call(pd.DataFrame(rows), *flags, "--mean-over-seeds", "--same", "x")
+    assert code == 0 and "6 settings, 3 measures" in output, error
+    measure = r"$\norm w|_2$"
+    (expected,) = ranks.correlate(
+        pd.DataFrame(rows).groupby("x", as_index=False)[["error", measure]].mean(), ["x"], "error", [measure], resamples=50
+    )
+    assert result(tmp_path / "out", "error")["tau"][measure] == expected["tau"]
 
 
 def test_missing_cells_and_columns_of_text(call, tmp_path):
@@ -139,6 +148,8 @@ def test_levels_are_what_the_cells_say(call, tmp_path):
     table.loc[::2, "width"] += ".0"
     table.loc[::3, "lr"] = [f"{np.float32(lr):.17g}" for lr in table.loc[::3, "lr"].astype(float)]
     table["model"] = table["model"].map({"crate-c": "None", "crate-n": "NA", "crate-t": "nan", "crate": "crate"})
+    table["dropout"] = ["0.1" if k % 2 else "none" for k in range(32)]  # text, in which 0.10 is 0.1
+    table.loc[1::4, "dropout"] = "0.10"
     lines = table.to_csv(index=False).splitlines()
     assert call("\n".join([*lines[:5], "," * (table.shape[1] - 1), "", *lines[5:]]), *BY_WIDTH)[0] == 0
     assert sorted(path.name for path in (tmp_path / "out").glob("width=*")) == ["width=24", "width=48"]
@@ -157,9 +168,15 @@ def test_what_was_written_before_is_replaced_and_nothing_else(call, script, tmp_
     assert files(out) == FILES and files(out / "width=48") == FILES
     assert call(models().drop(columns="srr"), *ALL)[0] == 0
     assert files(out) == FILES[:4] and files(out / "width=24") == ["mine.txt"] and not (out / "width=48").exists()
+    (out / "srr.png").write_text("mine")  # it is not in correlation.md
+    assert call(models().drop(columns="srr"), *ALL)[0] == 0 and (out / "srr.png").read_text() == "mine"
     (out / FILES[0]).write_text(text := models().to_csv(index=False))
     assert_refused(script("correlate", out / FILES[0], *ALL, "--out", out), f"--out {out}", FILES[0])
     assert (out / FILES[0]).read_text() == text
+    (mine := tmp_path / "mine").mkdir()
+    (mine / "scatter.png").touch()
+    assert_refused(script("correlate", out / FILES[0], *ALL, "--out", mine), f"--out {mine}", "scatter.png", "another folder")
+    assert files(mine) == ["scatter.png"]
 
 
 def test_a_table_from_a_pipe(script, tmp_path):
@@ -187,6 +204,7 @@ def test_a_table_from_a_pipe(script, tmp_path):
     ({(None, "gap"): ""}, (), ("--gap gap: 0 models", "3 or more")),
     ({(None, "reached_target"): False}, (), ("--gap gap: 0 models", "3 or more")),
     ({(None, "l2"): "nan"}, ("--measures", "l2"), ("--measures: none is finite",)),
+    ({(4, "lr"): ""}, (), ("column lr: line 6", "empty cell")),
     ({(4, "model"): "a/b"}, ("--by", "model"), ("--by model", "a/b", "name of a folder")),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(call, tmp_path, cells, flags, words):

@@ -120,7 +120,6 @@ def test_rates_drawn_at_random_are_the_same_within_a_factor():
             if a["model"] == b["model"] and max(a["lr"], b["lr"]) <= 1.25 * min(a["lr"], b["lr"])]  # fmt: skip
     row = one(table, axes=["model", "lr"])
     assert row["pairs_same_model_lr"] == len(near) and row["tau_same_model_lr"] == pytest.approx(np.mean(near))
-    assert ranks.matched(table, ["lr", "model"])[2] and not ranks.matched(pd.DataFrame(noisy()), ["model", "lr"])[2]
 
 
 def test_fewer_than_twenty_pairs_give_no_number():
@@ -129,19 +128,24 @@ def test_fewer_than_twenty_pairs_give_no_number():
     assert math.isnan(row["tau_same_model_lr_batch_size_high"]) and math.isfinite(row["tau_same_model_batch_size"])
 
 
-def test_resamples_equal_loops_over_the_copies():
-    table = pd.DataFrame([row for row in noisy(ties=True, holes=5) if row["a"] is not None and math.isfinite(row["a"])])
+@pytest.mark.parametrize("seeds", (1, 3))
+def test_resamples_equal_loops_over_the_copies(seeds):
+    """Copies of a setting bring their seeds' own pairs each, and make no pairs with each other."""
+    table = pd.DataFrame([row for row in noisy(seeds, ties=True, holes=5) if row["a"] is not None and math.isfinite(row["a"])])
     rows, n = table.to_dict("records"), len(table)
-    i, j, _ = ranks.matched(table)
-    draws = ranks.draw(np.arange(n), np.zeros(n), 10, np.random.default_rng(1))
-    assert (draws[:, 0] == 1).all() and (draws.sum(axis=0) == n).all()
+    setting = table.groupby([*AXES]).ngroup().to_numpy()
+    i, j = ranks.matched(table, (), setting)
+    draws = ranks.draw(setting, np.zeros(n), 10, np.random.default_rng(1))
+    assert (draws[:, 0] == 1).all() and (draws[np.unique(setting, return_index=True)[1]].sum(axis=0) == setting.max() + 1).all()
     others = [name for name in AXES if name != "lr"]
     group = table.groupby(others).ngroup().to_numpy()
     own = group[i] == group[j]
-    tau = ranks.tau(ranks.agreement(table, "gap", ["a"], i, j), i, j, draws)[0]
-    psi = ranks.tau(ranks.agreement(table, "gap", ["a"], i[own], j[own]), i[own], j[own], draws, group[i[own]])[0]
+    tau = ranks.tau(ranks.agreement(table, "gap", ["a"], i, j), i, j, draws, setting)[0]
+    psi = ranks.tau(ranks.agreement(table, "gap", ["a"], i[own], j[own]), i[own], j[own], draws, setting, group[i[own]])[0]
     for r, times in enumerate(draws.T.astype(int)):
-        pairs = [(a, b) for a, b in itertools.combinations(np.repeat(np.arange(n), times), 2) if a != b]
+        copies = [(a, copy) for a in range(n) for copy in range(times[a])]
+        pairs = [(a, b) for (a, first), (b, second) in itertools.combinations(copies, 2)
+                 if setting[a] != setting[b] or (first == second and a != b)]  # fmt: skip
         assert tau[r] == pytest.approx(np.mean([agreement(rows[a], rows[b]) for a, b in pairs]))
         values = {}
         for a, b in pairs:
@@ -162,16 +166,44 @@ def test_no_interval_has_no_width():
     row = one(table, axes=["x"], same=[("x",)])
     assert row["tau_same_x_low"] < row["tau_same_x"] < row["tau_same_x_high"]
     row = one(table[:8], axes=["x"])
+    assert math.isnan(one([row | {"model": row["x"]} for row in table], axes=["model"])["tau_same_model_low"])
     assert math.isfinite(row["tau"]) and math.isnan(row["tau_low"]) and math.isnan(row["tau_high"])
 
 
 def test_the_gap_of_another_seed():
-    """Gaps that settings decide alone are ranked by another seed's; between seeds of one setting there is no such pair."""
-    table = [row | {"gap": 10 * k // 2 + k % 2 / 10} for k, row in enumerate(noisy(2))]
-    assert [row["measure"] for row in correlate(noisy(), AXES, "gap", ["a"], resamples=9)] == ["a"]
-    _, other = correlate(table, AXES, "gap", ["a"], resamples=9)
-    assert other["measure"] == "baseline_other_seed" and other["tau"] == 1 and other["pairs"] == math.comb(64, 2) - 32
-    assert one(table, same=[tuple(AXES)])["pairs_same_model_lr_batch_size_dropout"] == 32
+    """Against loops over all ordered pairs of seeds; a setting with one seed has none, nor have two seeds of one setting."""
+    table = noisy(3, ties=True, holes=9)
+    assert "baseline_other_seed" not in [row["measure"] for row in correlate(noisy(), AXES, "gap", ["a"], resamples=9)]
+    _, row = correlate(table, AXES, "gap", ["a"], same=[("model",), tuple(AXES)], resamples=9)
+    seeds = {}
+    for model in table:
+        seeds.setdefault(tuple(model[axis] for axis in AXES), []).append(model["gap"])
+    values = {"tau": [], "tau_same_model": []}
+    for (a, of_a), (b, of_b) in itertools.combinations(seeds.items(), 2):
+        orders = itertools.product(itertools.permutations(of_a, 2), itertools.permutations(of_b, 2))
+        signs = [sign(x - y) * sign(x_other - y_other) for (x, x_other), (y, y_other) in orders]
+        for name in ("tau", "tau_same_model") if signs and a[0] == b[0] else ("tau",) if signs else ():
+            values[name] += [np.mean(signs)] * len(of_a) * len(of_b)  # each of their models' pairs
+    for name, expected in values.items():
+        assert row[name] == pytest.approx(np.mean(expected), abs=1e-6) and row[name.replace("tau", "pairs")] == len(expected)
+    assert row["measure"] == "baseline_other_seed" and row["pairs_same_" + "_".join(AXES)] == 0
+    assert row["models"] == sum(len(of_setting) for of_setting in seeds.values() if len(of_setting) > 1)
+
+
+def test_means_over_seeds_are_a_table_of_settings():
+    table = noisy(3, holes=9)
+    means = pd.DataFrame(table).astype({"a": float}).replace(math.inf, math.nan).groupby([*AXES], as_index=False).mean()
+    (plain,), (row, other) = (correlate(rows, AXES, "gap", ["a"], means=rows is table, resamples=9) for rows in (means, table))
+    plain |= {key: row[key] for key in row if key.endswith(("_low", "_high"))}  # settings are drawn in another order
+    assert row == pytest.approx(plain, abs=1e-12) and other["pairs"] == math.comb(int(other["models"]), 2)
+
+
+def test_random_rates_of_settings_with_several_seeds():
+    """That seeds share their rate doesn't make rates a grid's."""
+    rates = np.geomspace(1e-3, 3e-3, 12)
+    table = [{"model": "a", "lr": lr, "gap": lr, "a": lr} for lr in rates for _ in range(2)]
+    near = sum(b <= 1.25 * a for a, b in itertools.combinations(rates, 2))
+    assert one(table, axes=["model", "lr"])["pairs_same_model_lr"] == 4 * near + 12
 
 
 def test_srr_against_its_rivals():
@@ -196,7 +228,7 @@ def test_srr_against_its_rivals():
 @pytest.mark.parametrize("ties", (False, True))
 def test_spread_is_that_of_permuted_gaps(same, ties):
     table, rng = pd.DataFrame(noisy(ties=ties)), np.random.default_rng(0)
-    i, j, _ = ranks.matched(table, same)
+    i, j = ranks.matched(table, same, np.arange(len(table)))
     a, taus = table["a"].to_numpy(), []
     place = table.groupby([*same]).ngroup().to_numpy() if same else np.zeros(len(table))
     for _ in range(4000):
@@ -234,17 +266,36 @@ def test_bad_tables_raise():
 
 
 @pytest.mark.slow
-def test_intervals_cover_about_as_often_as_they_claim():
-    """32 models of a bivariate normal: tau is 2/pi arcsin(rho), and so are every psi and tau within types."""
-    rng, rho, repeats = np.random.default_rng(0), 0.6, 400
-    true, table = 2 / math.pi * math.asin(rho), noisy()
-    covered = {"tau": 0, "Psi": 0, "tau_same_model": 0}
+@pytest.mark.parametrize("seeds", (1, 3))
+def test_intervals_cover_about_as_often_as_they_claim(seeds):
+    """Bivariate normals, of settings with correlation 0.6 and of seeds with 0.3: tau is 2/pi arcsin of the correlation."""
+    rng, repeats, everything = np.random.default_rng(0), 400, "tau_same_" + "_".join(AXES)
+    table, noise = noisy(seeds), seeds > 1  # the variance of seeds, that of settings being 1
+
+    def true(of_both, variance):
+        return 2 / math.pi * math.asin(of_both / variance)
+
+    expected = {"tau_same_model": true(0.6 + 0.3 * noise, 1 + noise)}
+    if seeds > 1:
+        expected |= {everything: true(0.3, 1), "other": true(1, 2), "means": true(0.6 + 0.3 / seeds, 1 + 1 / seeds)}
+    else:
+        expected |= dict.fromkeys(("tau", "Psi"), expected["tau_same_model"])
+    covered = dict.fromkeys(expected, 0)
+    settings, own = ([[1, rho], [rho, 1]] for rho in (0.6, 0.3))
     for _ in range(repeats):
-        for row, (x, y) in zip(table, rng.normal(size=(32, 2))):
-            row |= {"gap": x, "a": rho * x + math.sqrt(1 - rho**2) * y}
-        result = one(table, resamples=1000)
-        for key in covered:
-            covered[key] += result[f"{key}_low"] <= true <= result[f"{key}_high"]
-    assert 0.91 <= covered["tau"] / repeats <= 0.98, covered
-    assert 0.93 <= covered["Psi"] / repeats <= 1.0, covered  # a resample loses groups of pairs
-    assert 0.85 <= covered["tau_same_model"] / repeats <= 0.98, covered
+        values = np.repeat(rng.multivariate_normal([0, 0], settings, len(table) // seeds), seeds, axis=0)
+        values = values + noise * rng.multivariate_normal([0, 0], own, len(table))
+        for row, (x, y) in zip(table, values):
+            row |= {"gap": x, "a": y}
+        options = dict(same=[("model",), tuple(AXES)], resamples=1000)
+        row, *other = correlate(table, AXES, "gap", ["a"], **options)
+        found = {name: (row, name) for name in expected if name in row}
+        if other:
+            found["other"] = other[0], "tau_same_model"
+            found["means"] = correlate(table, AXES, "gap", ["a"], means=True, **options)[0], "tau_same_model"
+        for name, (row, column) in found.items():
+            covered[name] += row[f"{column}_low"] <= expected[name] <= row[f"{column}_high"]
+    for name, count in covered.items():
+        # A resample loses groups of Psi's pairs; eight settings a type are few.
+        low = {"tau": 0.91, "Psi": 0.93}.get(name, 0.85)
+        assert low <= count / repeats <= (1.0 if name == "Psi" else 0.98), covered
