@@ -51,10 +51,10 @@ def interleaved(functions, rounds):
     return np.median(times[1:], axis=0).tolist()
 
 
-def model_of(width, depth, tokens=65, variant="crate-c"):
+def model_of(width, depth, tokens=65):
     torch.manual_seed(0)
     sizes = dict(image_size=SIDES[tokens], patch_size=PATCH, channels=CHANNELS, classes=CLASSES)
-    return build_model(variant, **sizes, width=width, depth=depth, heads=HEADS)
+    return build_model("crate-c", **sizes, width=width, depth=depth, heads=HEADS)
 
 
 def random_batch(size, tokens=65):
@@ -149,11 +149,10 @@ def ratios(width, depth, rounds):
     steps += [our_step(model_of(width, depth), batch, layers) for layers in (last, range(depth))]
     plain, textbook, last_layer, all_layers = interleaved([ours, *steps], rounds)
     yield row("training step, textbook / ours", ">= 1.6", textbook, plain)
-    flops, square = counter.get_total_flops(), torch.randn(2048, 2048)
+    square = torch.randn(2048, 2048)
     (product,) = interleaved([lambda: square @ square], 9)
-    yield row(
-        "its matrix products at the rate of a large one / training step", ">= 0.65", flops / (2 * 2048**3) * product, plain
-    )
+    products = counter.get_total_flops() / (2 * 2048**3) * product
+    yield row("its matrix products at the rate of a large one / training step", ">= 0.65", products, plain)
     yield row("step with SRR on the last layer / without", "<= 1.15", last_layer, plain)
     yield row("step with SRR on all layers / without", "", all_layers, plain)
 
@@ -185,39 +184,30 @@ def exponent(x, y):
 
 
 def growth(rounds):
-    """Time per image and peak memory of a training step against N, d and L: one dict per case."""
-    base = dict(tokens=65, width=192, depth=4, batch=16)
+    """For each of N, d, L: (its name, its values, {what: a training step's time and peak memory per image at each value})."""
+    base, batch = dict(tokens=65, width=192, depth=4), 16
     axes = {"N": ("tokens", [17, 65, 197, 785]), "d": ("width", [96, 192, 384, 768]), "L": ("depth", [2, 4, 8, 16])}
-    rows = []
     for axis, (key, values) in axes.items():
         cases = [base | {key: value} for value in values]
-        steps = [our_step(model_of(c["width"], c["depth"], c["tokens"]), random_batch(c["batch"], c["tokens"])) for c in cases]
-        for case, value, seconds in zip(cases, values, interleaved(steps, rounds)):
-            memory = peak_memory(**case) / case["batch"]
-            rows.append({"axis": axis, "value": value, "seconds": seconds / case["batch"], "bytes": memory})
-    return rows
+        seconds = interleaved([our_step(model_of(**case), random_batch(batch, case["tokens"])) for case in cases], rounds)
+        memory = [peak_memory(batch=batch, **case) for case in cases]
+        per_image = {"ms per image": np.array(seconds) * 1e3 / batch, "MiB per image": np.array(memory) / 2**20 / batch}
+        yield axis, values, per_image
 
 
-def growth_table(rows):
+def growth_table(grown):
     lines = []
-    for axis in "NdL":
-        own = [row for row in rows if row["axis"] == axis]
-        values, seconds, size = ([row[key] for row in own] for key in ("value", "seconds", "bytes"))
+    for axis, values, per_image in grown:
         lines.append([axis, *values, "exponent"])
-        lines.append(["ms per image", *(f"{1e3 * s:.2f}" for s in seconds), f"{exponent(values, seconds):.2f}"])
-        lines.append(["MiB per image", *(f"{b / 2**20:.2f}" for b in size), f"{exponent(values, size):.2f}"])
+        lines += [[what, *(f"{y:.2f}" for y in ys), f"{exponent(values, ys):.2f}"] for what, ys in per_image.items()]
     return markdown_table(["training step (N = 65, d = 192, L = 4 but for)", "", "", "", "", ""], lines)
 
 
-def growth_figure(rows, path):
+def growth_figure(grown, path):
     figure, axes = figures.grid(3, 3, width=2.8, height=2.6)
-    lines = (("seconds", 1e3, "#0072B2", "ms per image"), ("bytes", 2**-20, "#D55E00", "MiB per image"))
-    for axis, name in zip(axes, "NdL"):
-        own = [row for row in rows if row["axis"] == name]
-        values = [row["value"] for row in own]
-        for key, scale, colour, label in lines:
-            y = [scale * row[key] for row in own]
-            axis.loglog(values, y, "o-", color=colour, markersize=4, label=f"{label}, exponent {exponent(values, y):.2f}")
+    for axis, (name, values, per_image) in zip(axes, grown):
+        for (what, ys), colour in zip(per_image.items(), ("#0072B2", "#D55E00")):
+            axis.loglog(values, ys, "o-", color=colour, markersize=4, label=f"{what}, exponent {exponent(values, ys):.2f}")
         axis.set_xticks(values, values)
         low, high = axis.get_ylim()
         ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low <= tick <= high]
@@ -254,7 +244,7 @@ def main():
         f"medians of {arguments.rounds} rounds."
     )
     rows = list(ratios(arguments.width, arguments.depth, arguments.rounds))
-    grown, exact = growth(max(2, arguments.rounds // 2)), list(exact_step_times(arguments.rounds))
+    grown, exact = list(growth(max(2, arguments.rounds // 2))), list(exact_step_times(arguments.rounds))
     text = "\n".join([
         where + "\n",
         markdown_table(["row", "ratio", "goal", "first", "second"], rows),
