@@ -81,7 +81,7 @@ class MSSA(nn.Module):
         if output == "random":
             self.register_buffer("fixed", nn.Linear(width, width, bias=False).weight.detach())
 
-    def merge(self, stacked):
+    def project(self, stacked):
         """The output matrix times the heads side by side, (B, N, d)."""
         if self.output == "U":
             return stacked @ self.U.weight
@@ -97,7 +97,7 @@ class MSSA(nn.Module):
         """(B, N, d) -> (B, N, d)."""
         drop = self.dropout if self.training else 0.0
         attended = self.attend(self, tokens, drop)  # (B, K, N, p)
-        return dropout(self.merge(merge_heads(attended)), drop)
+        return dropout(self.project(merge_heads(attended)), drop)
 
 
 class ISTA(nn.Module):
@@ -153,7 +153,7 @@ class Layer(nn.Module):
         return self.sparsify(self.compress(tokens))
 
 
-class CRATE(nn.Module):
+class Classifier(nn.Module):
     """Patches -> tokens (LayerNorm, Linear, LayerNorm), CLS token, learnable positions, L layers, head on CLS.
 
     Dropout sits after the positions, after the softmax and after MSSA's output projection (Section 5).
@@ -213,7 +213,7 @@ def build_model(name, *, image_size, patch_size, channels, classes, width, depth
         raise ValueError(f"depth {depth}: there must be at least one layer")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout}: must be at least 0 and below 1")
-    return CRATE(
+    return Classifier(
         VARIANTS[name], image_size=image_size, patch_size=patch_size, channels=channels, classes=classes,
         width=width, depth=depth, heads=heads, dropout=dropout, **options,
     )  # fmt: skip
