@@ -5,7 +5,8 @@
     python measure.py checkpoint.pth --heads 6 --dataset cifar10    a released CRATE checkpoint; one with another data
                                                                     set's classes: --groups norms srr
 
-A run's measures are kept in its folder, in measures.json, and made again where its checkpoint or --images changed. The table is
+A run's measures are kept in its folder, in measures.json, and made again where its checkpoint or --images changed; where the
+code changed, one line says so, and --again makes them again. The table is
 put together from these files and replaces what lay at --out; measures stand right of the gaps, all else left of them. Beside
 it: measures_layers.csv, SRR's parts per layer.
 """
@@ -22,10 +23,10 @@ import torch
 from tqdm import tqdm
 
 from crate.cli import InputError, Parser, in_processes, number, one_line, path, read_json, run, write_json, write_text
-from crate.data import DATASETS, data_of, load_data
+from crate.data import DATASETS, data_of, dataset, load_data
 from crate.measures import GROUPS, doubtful, measure
 from crate.released import MEAN, STD, from_released_crate, sizes
-from crate.runs import find_runs, load_checkpoint, load_run, read_run, resolve_device
+from crate.runs import code_checksum, find_runs, load_checkpoint, load_run, read_run, resolve_device, say_other_code
 from crate.training import evaluate_both
 
 # The columns left of the measures.
@@ -50,26 +51,33 @@ def parse_arguments():
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where present)")
     add("--data-dir", type=path, help="where data sets are (default: as the run says; of a released checkpoint, data)")
     add("--heads", type=number(int, 1), metavar="K", help="of a released checkpoint (default: none)")
-    add("--dataset", metavar="D", help=f"for a released checkpoint: {', '.join(DATASETS)} or a folder (default: none)")
+    data = f"{', '.join(DATASETS)} or a folder (default: as the run says; of a released checkpoint, none)"
+    add("--dataset", metavar="D", type=dataset, help=data)
+    add("--again", action="store_true", help="measure anew what other code than this measured")
     return parser.parse_args()
 
 
-def measured(folder, images):
-    """What measures.json holds; without any measure where it is missing, damaged or of another checkpoint or --images."""
-    key = {"checksum": hashlib.sha256((folder / "last.pt").read_bytes()).hexdigest()[:16], "images": images}
+def measured(folder, arguments):
+    """What measures.json holds; without any measure where it is missing, damaged or of another checkpoint or --images, and, if
+    some of --groups are missing, of other code.
+    """
+    key = {"checksum": hashlib.sha256((folder / "last.pt").read_bytes()).hexdigest()[:16], "images": arguments.images}
     try:
         saved = read_json(folder / "measures.json")
     except (InputError, FileNotFoundError):
         saved = {}
-    fresh = {"groups": [], "measures": {}, "details": {}, "layers": [], "failed": {}}
-    return saved if key.items() <= saved.items() else key | fresh
+    fresh = {"groups": [], "measures": {}, "details": {}, "layers": [], "failed": {}, "code": code_checksum()}
+    complete = set(arguments.groups) <= set(saved.get("groups", []))
+    usable = saved.get("code") == code_checksum() or complete and not arguments.again
+    return saved if usable and key.items() <= saved.items() else key | fresh
 
 
 def measure_run(folder, name, arguments, device):
     """Measure what measures.json lacks, and write it."""
-    saved, began = measured(folder, arguments.images), time.perf_counter()
+    saved, began = measured(folder, arguments), time.perf_counter()
     missing = [group for group in arguments.groups if group not in saved["groups"]]
     config, _, model, initial = load_run(folder, device)
+    config |= {"dataset": arguments.dataset or config["dataset"]}
     new = measure(model, initial, data_of(config, arguments.data_dir, device), missing, arguments.images)
     merged = {key: saved[key] | new[key] for key in ("measures", "details", "failed")}
     merged |= {"groups": saved["groups"] + missing, "layers": new["layers"] or saved["layers"]}
@@ -161,11 +169,14 @@ def main():
     arguments.groups = [group for group in GROUPS if group in arguments.groups]
 
     def complete(folder):
-        return set(arguments.groups) <= set(measured(folder, arguments.images)["groups"])
+        return set(arguments.groups) <= set(measured(folder, arguments)["groups"])
 
-    todo = [(folder, names[folder]) for folder in finished if not complete(folder)]
-    counts = f"{len(finished + files)} models, {len(finished + files) - len(todo)} measured already"
+    done = [folder for folder in finished if complete(folder)]
+    todo = [(folder, names[folder]) for folder in finished if folder not in done]
+    counts = f"{len(finished + files)} models, {len(done)} measured already"
     print(f"{counts}; on {device}, searches on {arguments.images} images", flush=True)
+    say_other_code("made", {names[one]: one / "config.json" for one in finished}, "train.py --again trains them anew")
+    say_other_code("measured", {names[one]: one / "measures.json" for one in done}, "--again measures them anew")
     gpus = torch.cuda.device_count() if device == torch.device("cuda") else 0
     jobs = min(arguments.jobs, len(todo) or 1)
     code, entries = in_processes(jobs, measure_all, jobs, todo, arguments, device, gpus), []
@@ -176,7 +187,7 @@ def main():
                 describe(names[one], entry[2], began)
                 entries.append((names[one], *entry))
             elif complete(one):
-                entries.append((names[one], *read_run(one), measured(one, arguments.images)))
+                entries.append((names[one], *read_run(one), measured(one, arguments)))
         except (ValueError, RuntimeError, OSError) as error:
             code = 2
             print(f"measure.py: error: {one_line(error, one)}", file=sys.stderr)

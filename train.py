@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from crate.cli import InputError, Parser, in_processes, number, one_line, path, read_json, run, write_json
-from crate.data import DATASETS
+from crate.cli import InputError, Parser, in_processes, number, one_line, path, run
+from crate.data import DATASETS, dataset
 from crate.model import VARIANTS
-from crate.runs import AXES, DEFAULTS, PRESETS, Busy, check_same_run, find_runs, resolve, resolve_device, status
+from crate.runs import AXES, DEFAULTS, PRESETS, Busy, find_runs, folders, resolve, resolve_device, say_other_code, status
 from crate.training import ranks, train
 
 
@@ -49,7 +49,8 @@ def parse_arguments():
         group.add_argument(flag, help=help.lstrip(" ,"), **options)
 
     model, training, srr, runs = map(parser.add_argument_group, ("data and model", "training", "SRR", "runs"))
-    add(model, "--dataset", f"{', '.join(DATASETS)}, or a folder of images: FOLDER/train/CLASS/*, FOLDER/test/CLASS/*")
+    folder = "or a folder of images: FOLDER/train/CLASS/*, FOLDER/test/CLASS/*"
+    add(model, "--dataset", f"{', '.join(DATASETS)}, {folder}", type=dataset, metavar="D")
     add(model, "--data-dir", "where data sets are, or are downloaded to (default: data)", type=path, default=Path("data"))
     add(model, "--train-subset", "train on a fixed random choice of N training images", type=positive, metavar="N")
     add(model, "--hold-out", "validate on this share of the training images instead", type=share, metavar="SHARE")
@@ -87,12 +88,14 @@ def parse_arguments():
     presets = ("auto", *PRESETS)
     add(runs, "--preset", "auto: paper where the device is a GPU, else laptop (default: auto)", choices=presets, default="auto")
     add(runs, "--out", "folder of the run folders (default: runs/PRESET/single)", type=path)
+    again = "train anew what other code than this, or other images, made"
+    add(runs, "--again", again, action="store_true")
     draw = "N random settings for each model, each with all seeds: lr, dropout, weight decay between the values given"
     add(runs, "--draw", draw, type=positive, metavar="N")
     add(runs, "--jobs", "processes that share the work (default: 1)", type=positive, default=1)
     add(runs, "--device", "cpu, cuda, cuda:1 ... (default: cuda where present)", default="auto")
     amp = ("auto", "off", "bf16", "fp16")
-    add(runs, "--amp", "auto: bf16 on CUDA, off on CPU (default: auto)", choices=amp, default="auto")
+    add(runs, "--amp", "auto: bf16 on CUDA, off on CPU (default: auto)", choices=amp)
     add(runs, "--no-graph", "on CUDA, launch each kernel of a step, not one CUDA graph", action="store_false", dest="graph")
     saving = "save after an epoch if the last time is so long ago (default: 60 on CUDA, 10 on a CPU)"
     add(runs, "--save-every", saving, type=not_negative, metavar="SECONDS")
@@ -119,7 +122,7 @@ def describe(name, config, result):
     return line
 
 
-def train_all(job, configs, out, show_progress, gpus):
+def train_all(job, configs, out, again, show_progress, gpus):
     """Train the runs that nobody else works on, the largest first; job k on GPU k. Returns the exit code."""
     code, rank = 0, ranks()[0]
     device = resolve_device(f"cuda:{job % gpus}") if gpus else None
@@ -128,7 +131,7 @@ def train_all(job, configs, out, show_progress, gpus):
         finished = (out / name / "result.json").exists()
         config = configs[name] | ({"device": str(device)} if gpus else {})
         try:
-            result = train(config, out / name, show_progress and rank == 0)
+            result = train(config, out / name, show_progress and rank == 0, again)
             if rank == 0 and (not finished or len(names) == 1):
                 tqdm.write(describe(name, config, result))
         except (ValueError, RuntimeError, OSError) as error:
@@ -153,7 +156,7 @@ def main():
         if device == "auto" and torch.cuda.is_available():
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    device, preset, amp, (rank, world) = resolve_device(device), arguments["preset"], arguments["amp"], ranks()
+    device, preset, amp, (rank, world) = resolve_device(device), arguments["preset"], arguments["amp"] or "auto", ranks()
     if preset == "auto":
         preset = "paper" if device.type == "cuda" else "laptop"
     if amp == "auto":
@@ -164,19 +167,15 @@ def main():
     others = {key: arguments[key] for key in ("data_dir", "draw", "graph", "save_every")}
     configs = resolve(flags, preset=preset, device=device, amp=amp, processes=world, **others)
     out = arguments["out"] or Path("runs") / preset / "single"
-    for name, config in configs.items():
-        file = out / name / "config.json"
-        if file.exists():
-            check_same_run(read_json(file), config, file)
-        elif rank == 0:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, config)
+    configs, again = folders(configs, out, arguments["again"]), arguments["again"]
     if rank == 0:
         dataset, done = next(iter(configs.values()))["dataset"], sum((out / name / "result.json").exists() for name in configs)
         runs = f"{len(configs)} runs" if len(configs) > 1 else "1 run"
         print(f"preset {preset}: {dataset}, on {device}; {runs} in {out}, {done} finished", flush=True)
+        begun = {name: out / name / "config.json" for name in configs if (out / name / "log.jsonl").exists()}
+        say_other_code("made", begun, "trained anew now" if again else "--again trains them anew")
     gpus = torch.cuda.device_count() if device == torch.device("cuda") else 0
-    code = in_processes(jobs, train_all, configs, out, jobs == 1 and sys.stderr.isatty(), gpus)
+    code = in_processes(jobs, train_all, configs, out, again, jobs == 1 and sys.stderr.isatty(), gpus)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

@@ -77,7 +77,10 @@ def number(kind, low=-math.inf, high=math.inf, *, above=-math.inf, below=math.in
 
 def path(text):
     """An argparse `type`: a path, `~` included, which the shell leaves alone in --out=~/runs."""
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such user")
 
 
 def in_processes(jobs, work, *arguments):

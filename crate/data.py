@@ -4,6 +4,8 @@ The order of an epoch and its augmentation depend on (seed, epoch) alone. torchv
 longer than to load the digits.
 """
 
+import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -15,7 +17,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from crate.augmentation import crop_and_flip, draw_augmentation, rand_augment
-from crate.cli import InputError, one_line
+from crate.cli import InputError, one_line, path
 
 DIGITS = Path(__file__).with_name("digits.npz")
 CLASS_FOLDERS = "FOLDER/train/CLASS/* and FOLDER/test/CLASS/* (or val, valid)"
@@ -39,6 +41,7 @@ class Data:
     std: torch.Tensor
     image_size: int  # that the model sees
     classes: int
+    checksum: str  # of all pictures and labels before a subset is taken, and their numbers
 
     def prepare(self, images):
         """Bytes (n, C, H, W) -> float32 (n, C, image_size, image_size), standardised per channel."""
@@ -82,6 +85,11 @@ DATASETS = {
     "cifar10": partial(_torchvision, "CIFAR10"),
     "cifar100": partial(_torchvision, "CIFAR100"),
 }
+
+
+def dataset(text):
+    """An argparse `type`: a name of DATASETS, or a folder, however it is written, as one absolute path."""
+    return os.path.abspath(path(text)) if text not in DATASETS and path(text).is_dir() else text
 
 
 def read_class_folders(folder, image_size=None):
@@ -156,7 +164,11 @@ def load_data(name, data_dir="data", *, image_size=None, train_subset=None, hold
         arrays = DATASETS[name](data_dir)
     else:
         raise InputError(f"--dataset {name}: unknown; choose from {', '.join(DATASETS)}, or name a folder, {CLASS_FOLDERS}")
-    images, labels, val_images, val_labels = (torch.from_numpy(np.array(array, order="C")) for array in arrays)
+    arrays, digest = [np.array(array, order="C") for array in arrays], hashlib.sha256()
+    for array in arrays:
+        digest.update(array)
+    checksum = f"{len(arrays[1])} + {len(arrays[3])} images, {digest.hexdigest()[:12]}"
+    images, labels, val_images, val_labels = map(torch.from_numpy, arrays)
     classes, size = int(labels.max()) + 1, image_size or images.shape[-1]
     if train_subset is not None:
         if train_subset > len(labels):
@@ -174,13 +186,19 @@ def load_data(name, data_dir="data", *, image_size=None, train_subset=None, hold
     std, mean = (torch.stack(of_all)[:, None, None] for of_all in zip(*moments))
     std = std.clamp(min=1 / 255)  # a channel without contrast
     tensors = (images, labels.long(), val_images, val_labels.long(), mean, std)
-    return Data(*(tensor.to(device) for tensor in tensors), size, classes)
+    return Data(*(tensor.to(device) for tensor in tensors), size, classes, checksum)
 
 
 def data_of(config, data_dir=None, device="cpu"):
-    """The data set of a run, from its config.json; data_dir: instead of the run's own."""
+    """The data set of a run, from its config.json; data_dir: instead of the run's own. Raises InputError where the images are
+    not those that the config has the checksum of.
+    """
     settings = {key: config[key] for key in ("image_size", "train_subset", "hold_out")}
-    return load_data(config["dataset"], data_dir or config["data_dir"], **settings, device=device)
+    data = load_data(config["dataset"], data_dir or config["data_dir"], **settings, device=device)
+    if config.get("data", data.checksum) != data.checksum:
+        where = f"--dataset {config['dataset']}: its images ({data.checksum})"
+        raise InputError(f"{where} are not the run's ({config['data']}); name a folder that has those")
+    return data
 
 
 def mixed_seed(*numbers):

@@ -1,4 +1,4 @@
-"""Runs and their folders: presets, configs, names, who works on a folder, and what state it is in.
+"""Runs and their folders: presets, configs, names, what made a run, who works on it, and what state it is in.
 
 A run folder holds config.json, init.pt, log.jsonl (a row per epoch), last.pt, .lock (its holder, while it runs), error.txt (the
 last failure, until the run is started again), and result.json, written last: without it a run is unfinished.
@@ -12,17 +12,19 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
 import sys
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from crate.cli import InputError, one_line, read_json, write_bytes
+from crate.cli import InputError, one_line, read_json, write_bytes, write_json
 from crate.data import load_data
 from crate.model import build_model
 
@@ -32,7 +34,7 @@ DEFAULTS = dict(
     image_size=None, patch_size=4, width=384, depth=12, heads=6, dropout=0.0,
     epochs=200, batch_size=128, lr=1e-4, schedule="cosine", weight_decay=0.0, clip_norm=None, stop_at_loss=None,
     srr_reg=0.0, srr_layer="last", srr_norm="l0", srr_lambda=0.1, srr_gamma=1.0,
-    log_srr_every=0, validate_every=1, seed=0,
+    log_srr_every=0, validate_every=1, seed=0, amp="auto",
     # What the paper leaves open, as in the released CRATE: step size and lambda of ISTA, the softmax's temperature.
     ista_beta=0.1, ista_lambda=0.1, temperature="sqrt-p",
 )  # fmt: skip
@@ -50,8 +52,14 @@ PRESETS = {
 
 # The flags that take several values: a sweep is their Cartesian product.
 AXES = "width depth batch_size lr dropout weight_decay model srr_reg srr_layer seed".split()
-# What may differ between a run and its resumption.
-FREE_TO_CHANGE = {"device", "data_dir", "save_every", "graph", "versions", "commit", "command"}
+# The other settings are in a run's name where they are not the preset's, behind these words.
+WORDS = {
+    "dataset": "", "train_subset": "n", "hold_out": "hold", "augment": "augment-", "image_size": "size", "patch_size": "patch",
+    "heads": "K", "epochs": "e", "schedule": "", "clip_norm": "clip", "stop_at_loss": "stop", "srr_lambda": "lambda",
+    "srr_gamma": "gamma", "ista_beta": "beta", "ista_lambda": "threshold", "temperature": "temperature-",
+    "log_srr_every": "log", "validate_every": "val", "amp": "amp-",
+}  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
 MODEL_SETTINGS = "image_size patch_size channels classes width depth heads dropout temperature ista_beta ista_lambda".split()
 
 
@@ -104,14 +112,16 @@ def resolve(flags, *, preset, device, amp, data_dir, draw=None, **others):
 
     flags: {key of DEFAULTS: value or, for AXES, list of values}, what was given; others: stored as they are.
     """
-    base = {"preset": preset, **DEFAULTS, **PRESETS[preset], **flags, "device": str(device), "amp": amp, **others}
-    data = load_data(base["dataset"], data_dir, image_size=base["image_size"])
-    base |= {"data_dir": str(data_dir), "image_size": data.image_size, "classes": data.classes}
-    base["channels"] = data.train_images.shape[1]
+    usual = DEFAULTS | PRESETS[preset]
+    base = {"preset": preset, **usual, **flags, "device": str(device), "data_dir": str(data_dir), **others}
+    unusual = {key: base[key] for key in WORDS if base[key] != usual[key]}
+    sizes = {key: base[key] for key in ("image_size", "train_subset", "hold_out")}
+    data = load_data(base["dataset"], data_dir, **sizes)
+    base |= {"amp": amp, "image_size": data.image_size, "channels": data.train_images.shape[1], "classes": data.classes}
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = dict(python=platform.python_version(), torch=torch.__version__, processor=processor, cores=os.cpu_count())
-    commit = subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>/dev/null") or None
-    base |= {"versions": versions, "commit": commit, "command": shlex.join(["python", "train.py", *sys.argv[1:]])}
+    versions = dict(python=platform.python_version(), torch=str(torch.__version__), processor=processor, cores=os.cpu_count())
+    base |= {"data": data.checksum, "code": code_checksum(), "commit": commit(), "versions": versions}
+    base["command"] = shlex.join(["python", "train.py", *sys.argv[1:]])
     sweep = {axis: base[axis] if isinstance(base[axis], list) else [base[axis]] for axis in AXES}
     configs = {}
     for one in settings(sweep, draw):
@@ -124,8 +134,9 @@ def resolve(flags, *, preset, device, amp, data_dir, draw=None, **others):
                 config["parameters"] = sum(p.numel() for p in model_of(config).parameters())
         except (ValueError, RuntimeError, TypeError) as error:  # the last two of a size that overflows
             raise InputError(f"{one_line(error)}; see --width, --heads, --image-size, --patch-size, --depth")
-        if configs.setdefault(run_name(config), config) != config:
-            raise InputError(f"{run_name(config)}: two runs of the sweep have this name; their values are too close")
+        name = run_name(config, unusual)
+        if configs.setdefault(name, config) != config:
+            raise InputError(f"{name}: two runs of the sweep have this name; their values are too close")
     return configs
 
 
@@ -141,14 +152,80 @@ def srr_layers(choice, depth, steps):
     return [(number - 1,)] * steps
 
 
-def run_name(config):
-    """The run folder's name: the settings that can take several values."""
+def run_name(config, unusual):
+    """The run folder's name: the settings that can take several values, then what else is not as in the preset."""
     name = "{model}_d{width}_L{depth}_b{batch_size}_lr{lr:g}_p{dropout:g}"
     if config["weight_decay"]:
         name += "_wd{weight_decay:g}"
     if config["srr_reg"]:
         name += "_eta{srr_reg:g}_{srr_layer}_{srr_norm}"
-    return (name + "_s{seed}").format(**config)
+    name = name.format(**config)
+    for key, value in unusual.items():
+        text = f"{value:g}" if isinstance(value, float) else re.sub(r"[^\w.-]+", "-", Path(str(value)).name)[:40]
+        name += f"_{WORDS[key]}{text}"
+    return f"{name}_s{config['seed']}"
+
+
+def folders(configs, out, again):
+    """{name: config} of the same runs below `out`, where each has its folder now, with config.json.
+
+    Raises InputError where a folder holds another run, be it that its images have changed, which `again` allows.
+    """
+    placed = {}
+    for name, config in configs.items():
+        before = out / run_name(config, {})  # as a run was called when its name held the sweep's settings alone
+        with suppress(OSError, InputError):
+            check_same_run(read_json(before / "config.json"), config, before)
+            name = before.name
+        file = out / name / "config.json"
+        if file.exists():
+            there = read_json(file)
+            check_same_run(there, config | ({"data": there.get("data")} if again else {}), file)
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, config)
+        placed[name] = config
+    return placed
+
+
+@lru_cache(1)
+def code_checksum():
+    """Of crate/*.py and train.py: the code that makes a run."""
+    files = [*sorted(ROOT.glob("crate/*.py")), ROOT / "train.py"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.exists())).hexdigest()[:12]
+
+
+def made_by(folder, config, again):
+    """What `folder` holds is removed if `again` is true and other code or other images made it. Else the config with the
+    checksums of all code that made it.
+    """
+    file = folder / "config.json"
+    there = read_json(file) if file.exists() else config
+    if again and any(there.get(key) != config[key] for key in ("code", "data")):
+        for name in ("result.json", "last.pt", "log.jsonl", "init.pt", "measures.json"):
+            (folder / name).unlink(missing_ok=True)
+    elif (folder / "last.pt").exists():
+        made = dict.fromkeys([*there.get("code", "unknown").split(), config["code"]])
+        config = config | {"code": " ".join(made)}
+    return config
+
+
+def say_other_code(what, files, cure):
+    """One line where other code than this wrote some of the files, {name: config.json or measures.json}."""
+    others = []
+    for name, file in files.items():
+        with suppress(OSError, InputError):
+            if read_json(file).get("code") != code_checksum():
+                others.append(name)
+    if others:
+        print(f"{what} by other code: {len(others)} of {len(files)}, such as {others[0]}; {cure}", flush=True)
+
+
+def commit():
+    """The commit of the checkout whose top is this folder, with -dirty where files differ from it; else None."""
+    git = ["git", "-C", ROOT, "--git-dir=.git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    with suppress(OSError):
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
 
 
 def model_of(config):
@@ -156,17 +233,20 @@ def model_of(config):
     return build_model(config["model"], **{key: config[key] for key in MODEL_SETTINGS})
 
 
-def identity(config):
-    """The part of a config that the run's result depends on."""
-    return {key: value for key, value in config.items() if key not in FREE_TO_CHANGE}
-
-
 def check_same_run(there, now, where):
-    """Raise InputError where two configs are of different runs; `where` says where the first one is from."""
-    there, now = identity(there), identity(now)
-    for key in sorted(there.keys() | now.keys()):
-        if there.get(key) != now.get(key):
-            cure = f"match --{key.replace('_', '-')} or change --out" if key in DEFAULTS else "change --out"
+    """Raise InputError where two configs are of different runs: a setting or the images; `where` says where the first is from.
+
+    Where the images lie, and what made the run, is free to change. Configs from before have no checksum of the images.
+    """
+    name = Path(now["dataset"]).name
+    if "data" not in there and Path(there.get("dataset", "")).name == name:
+        there = there | {"data": now.get("data")}
+    if there.get("data") != now.get("data"):
+        other = f"made with other images, {there.get('data', there.get('dataset'))}, than {name} has, {now['data']}"
+        raise InputError(f"{where}: {other}; name those images with --dataset, or train anew with --again")
+    for key in [*DEFAULTS, "processes"]:
+        if key != "dataset" and there.get(key) != now.get(key):
+            cure = "change --out" if key == "processes" else f"match --{key.replace('_', '-')} or change --out"
             raise InputError(f"{where}: {key} is {there.get(key)} there but {now.get(key)} now; {cure}")
 
 
@@ -246,14 +326,23 @@ def lock_holder(folder):
 
 
 def find_runs(folders):
-    """All run folders at or below `folders`, in order. Raises InputError where one holds none."""
+    """All run folders at or below `folders`, in order, links to folders included, each once. Raises InputError where one holds
+    none.
+    """
     found = {}
     for folder in folders:
-        below = sorted(path.parent for path in folder.resolve().rglob("config.json"))
+        below, seen = [], set()
+        for path, inside, files in os.walk(folder.resolve(), followlinks=True):
+            if (real := os.path.realpath(path)) in seen:  # a link to what has been seen, or to a folder above
+                inside.clear()
+            elif "config.json" in files:
+                below.append((Path(path), real))
+            seen.add(real)
         if not below:
             raise InputError(f"{folder}: no such folder, or no run in it; name one that train.py made, or one above it")
-        found |= dict.fromkeys(below)
-    return list(found)
+        for path, real in sorted(below):
+            found.setdefault(real, path)
+    return list(found.values())
 
 
 def status(folder):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from crate.cli import InputError, one_line, read_json, write_json, write_text
 from crate.data import DROPOUT, batches, data_of, mixed_seed
 from crate.kernels import graphed
-from crate.runs import identity, load_weights, locked, model_of, save_checkpoint, srr_layers
+from crate.runs import load_weights, locked, made_by, model_of, save_checkpoint, srr_layers
 from crate.srr import layer_srr, operator_rates, record, srr
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,7 +100,7 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
         if rank == 0 and (finished(state, config) or time.monotonic() >= saved_at + config["save_every"]):
             parts = {"model": model} if finished(state, config) else {"model": model, "optimizer": optimizer, "scaler": scaler}
             parts = {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(folder / "last.pt", {"config": identity(config), **parts, **state})
+            save_checkpoint(folder / "last.pt", {"config": config, **parts, **state})
             saved_at = time.monotonic()
 
 
@@ -221,7 +221,7 @@ def begin(config, folder):
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved["scaler"])
     elif rank == 0 and config["epochs"]:
-        save_checkpoint(folder / "init.pt", {"config": identity(config), "model": model.state_dict()})
+        save_checkpoint(folder / "init.pt", {"config": config, "model": model.state_dict()})
     if device.type == "cuda":  # a CUDA graph reads the learning rate from the device; the saved groups may come from a CPU
         for group in optimizer.param_groups:
             group |= {"lr": torch.tensor(config["lr"], device=device), "capturable": True}
@@ -254,8 +254,9 @@ def finish(config, folder, data, model, state):
     return result
 
 
-def train(config, folder, show_progress=True):
-    """Train the run that `config` describes in `folder`, from where it stands. Returns what result.json holds.
+def train(config, folder, show_progress=True, again=False):
+    """Train the run that `config` describes in `folder`, from where it stands; `again`: anew, if other code or other images
+    made what is there. Returns what result.json holds.
 
     Raises Busy where another process has the folder, InputError where a checkpoint can't be read or the loss is not finite; the
     last saved epoch stays, and the reason is left in error.txt.
@@ -263,6 +264,8 @@ def train(config, folder, show_progress=True):
     folder, (rank, world) = Path(folder), ranks()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) if rank == 0 else nullcontext():
+        if rank == 0:
+            config = made_by(folder, config, again)
         if world > 1:
             dist.barrier()  # all see what rank 0 wrote last
         if (folder / "result.json").exists():

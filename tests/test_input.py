@@ -3,16 +3,20 @@
 import json
 import math
 import random
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from crate import training
+from crate import runs, training
+from crate.data import decode, load_data
 from crate.model import VARIANTS
-from crate.runs import DEFAULTS, resolve
+from crate.runs import DEFAULTS, resolve, run_name
 from tests.conftest import assert_refused
 from tests.processes import SMALL, Train, environment, outcome
+from tests.test_data import write_classes, write_picture
 
 TINY = ("train", *SMALL, "--epochs", 1, "--log-srr-every", 0)
 
@@ -36,19 +40,114 @@ def test_config_holds_every_flag(script, tmp_path):
     assert stored["parameters"] > 0 and stored["processes"] == 1 and stored["versions"]["torch"] == torch.__version__
 
 
-def test_other_flags_than_the_folder_was_made_with(script, tmp_path):
-    def contents():
-        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
+
+def test_another_setting_is_another_run(script, tmp_path):
     assert script(*TINY, "--out", tmp_path)[0] == 0
-    before = contents()
-    for flag, now in (("--epochs", 9), ("--clip-norm", 1.0), ("--srr-gamma", 2.0)):
-        refusal = script(*TINY, "--out", tmp_path, flag, now)
-        words = f"{flag[2:].replace('-', '_')} is ", f"{now} now", f"match {flag} or change --out"
-        assert_refused(refusal, "config.json", *words)
-    assert before == contents()
+    (folder,) = tmp_path.iterdir()
+    before = contents(folder)
+    for flag, value, name in (("--epochs", 2, "_e2_"), ("--clip-norm", 0.5, "_clip0.5_"), ("--amp", "bf16", "_amp-bf16_")):
+        assert script(*TINY, flag, value, "--out", tmp_path)[0] == 0
+        assert len(list(tmp_path.glob(f"*{name}*"))) == 1
     code, out, _ = script(*TINY, "--out", tmp_path, "--save-every", 5, "--data-dir", tmp_path)  # these may differ
-    assert code == 0 and "1 finished" in out
+    assert code == 0 and "1 finished" in out and "code" not in out
+    assert before == contents(folder) and len(list(tmp_path.iterdir())) == 4
+
+
+def test_names():
+    """Those of the published tables, where settings are the preset's; else what differs; they are names of folders."""
+    where = dict(device=torch.device("cpu"), amp="off", data_dir=Path("data"), graph=True, save_every=0.0)
+    for flags, name in (
+        ({}, "crate-c_d48_L4_b32_lr0.002_p0_s0"),
+        ({"epochs": 30, "lr": [1e-3], "srr_reg": [0.1], "weight_decay": [0.01]}, "lr0.001_p0_wd0.01_eta0.1_last_l0_s0"),
+        ({"epochs": 400, "schedule": "constant", "stop_at_loss": 0.01}, "_p0_e400_constant_stop0.01_s0"),
+    ):
+        (found,) = resolve(flags, preset="laptop", **where)
+        assert found.endswith(name)
+    name = run_name(runs_of()[0], {"dataset": "/photos/a b:c\n" + 99 * "x"})
+    assert "_a-b-c-xxx" in name and len(name) < 99
+
+
+# What made a run
+
+
+def test_what_other_code_made_is_said_and_made_anew_when_asked(script, tmp_path, monkeypatch):
+    """A finished run, one that goes on, and one from before there were checksums and longer names."""
+    sweep = (*TINY, "--epochs", 2, "--out", tmp_path, "--seed", 0, 1, 2)
+    assert "made by" not in script(*sweep)[1]
+    finished, resumed, old = sorted(tmp_path.iterdir())
+    right = outcome(tmp_path)
+    (resumed / "result.json").unlink()
+    config = json.loads((old / "config.json").read_text())
+    (old / "config.json").write_text(json.dumps({key: config[key] for key in config if key not in ("code", "data")}))
+    old = old.rename(tmp_path / "crate-c_d12_L2_b50_lr0.002_p0_s2")
+    monkeypatch.setattr(runs, "code_checksum", lambda: "edited")
+    code, out, _ = script(*sweep)
+    assert code == 0 and f"made by other code: 3 of 3, such as {finished.name}; --again" in out and len(outcome(tmp_path)) == 3
+    made = [json.loads((folder / "config.json").read_text()).get("code") for folder in (finished, resumed, old)]
+    assert made == [config["code"], f"{config['code']} edited", None]
+    assert "3 of 3" in script(*sweep)[1] and "trained anew now" in script(*sweep, "--again")[1]
+    assert {json.loads((folder / "config.json").read_text())["code"] for folder in tmp_path.iterdir()} == {"edited"}
+    assert list(outcome(tmp_path).values()) == list(right.values()) and "made by" not in script(*sweep)[1]
+
+
+def test_the_checksum_is_that_of_the_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    (tmp_path / "crate").mkdir()
+    for file in ("crate/a.py", "crate/b.py", "train.py", "README.md"):
+        (tmp_path / file).write_text("1")
+        seen = runs.code_checksum.__wrapped__()
+        (tmp_path / file).write_text("2")
+        assert (runs.code_checksum.__wrapped__() == seen) == (file == "README.md")
+
+
+def test_the_commit_is_that_of_this_folder_alone(tmp_path, monkeypatch):
+    git = lambda *words: subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True, text=True).stdout  # noqa: E731
+    git("init", "-q")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x")
+    (tmp_path / "inside").mkdir()
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    assert runs.commit() == git("rev-parse", "HEAD").strip()
+    (tmp_path / "file").write_text("2")
+    assert runs.commit() == git("rev-parse", "HEAD").strip() + "-dirty"
+    monkeypatch.setattr(runs, "ROOT", tmp_path / "inside")
+    assert runs.commit() is None
+
+
+def test_images(script, tmp_path, monkeypatch):
+    """Other ones are refused, also in measure.py, and leave all as it is; where they lie, and how that is written, is free."""
+    monkeypatch.chdir(write_classes(tmp_path / "photos", size=(8, 8)).parent)
+    command = ("train", *SMALL[: SMALL.index("--train-subset")], "--epochs", 2, "--out", "runs", "--dataset")
+    assert script(*command, "photos")[0] == 0
+    assert "1 finished" in script(*command, "./photos/")[1] and "1 finished" in script(*command, tmp_path / "photos")[1]
+    (folder,) = Path("runs").iterdir()
+    write_picture(Path("photos/train/a/1.png"), (8, 8), number=99)  # for number 13
+    finished = contents(folder)
+
+    def refused():
+        load_data.cache_clear()
+        decode.cache_clear()
+        assert_refused(script(*command, "photos"), "config.json", "other images", "--dataset", "--again")
+
+    measure = ("measure", "runs", "--groups", "norms", "--out", "m.csv")
+    refused()
+    code, _, error = script(*measure)
+    assert code == 2 and "its images (6 + 4 images, " in error and "are not the run's" in error
+    assert contents(folder) == finished
+    write_picture(Path("photos/train/a/1.png"), (8, 8), number=13)
+    Path("photos").rename("moved")
+    assert script(*measure, "--dataset", "moved")[0] == 0
+    shutil.copytree("moved", "photos")
+    Path("photos/train/a/1.png").unlink()
+    (folder / "result.json").unlink()
+    refused()
+    code, out, _ = script(*command, "photos", "--again")
+    assert code == 0 and "2 epochs" in out and not (folder / "measures.json").exists()
+    assert json.loads((folder / "config.json").read_text())["data"].startswith("5 + 4 images")
 
 
 def runs_of(draw=None, **flags):
