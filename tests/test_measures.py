@@ -210,6 +210,19 @@ def test_srr_without_layernorm_that_can_not_be_computed_leaves_the_rest(data):
     assert measures.doubtful(result["measures"], result["details"]) == ["srr_no_layernorm"]
 
 
+@pytest.mark.faults
+def test_a_group_that_fails_leaves_the_others(data):
+    model = small_model("crate")
+    model.layers[1].ista.D.data.fill_(1e30)  # D^T D overflows float32
+    result = measures.measure(model, None, data, ["srr", "norms"])
+    assert list(result["failed"]) == ["srr"] and "layer 2: " in result["failed"]["srr"]
+    assert result["measures"]["srr"] is None and result["measures"]["l2"] > 1e30
+    assert {"srr", "margin", "inverse_margin"} <= set(measures.doubtful(result["measures"], result["details"]))
+    model.head[1].weight.data[0] = math.inf
+    with pytest.raises(ValueError, match="not finite"):
+        measures.measure(model, None, data, ["norms"])
+
+
 def test_measuring_changes_nothing_and_depends_on_nothing_else(trained, data, examples):
     initial, model = copy.deepcopy(trained)
     model.train().layers[1].eval()
