@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from crate import figures, ranks
+from crate import claims, figures, ranks
 from crate.claims import interval_of, with_interval
 from crate.cli import InputError, Parser, markdown_table, number, path, run, write_bytes, write_text
 from crate.tables import numbers, read_cells, settings, shown
@@ -134,23 +134,35 @@ def markdown(rows, table, axes, arguments):
     lines = [[row["measure"], *(text(row, column) for column in columns), row["models"]] for row in records]
     page = markdown_table(["measure", *columns.values(), what], lines)
     page += PAGE.format(gap=records[0]["gap"], resamples=arguments.resamples, what=what)
+    if others := [row["measure"] for row in records if row["measure"] not in drawn(rows["measure"], arguments)]:
+        page += f"Not in the plots, unless --measures names them: {', '.join(others)}.\n"
     srr = next((row for row in records if row["measure"] == "srr" and "lead" in row), None)
     return page + LEAD.format(**srr | {"lead": text(srr, "lead")}) if srr else page
 
 
+def drawn(measures, arguments):
+    """What the plots show: of our own table the measures that the paper has, and baselines; else all."""
+    return claims.MEASURES if "srr" in set(measures) and not arguments.measures else list(measures)
+
+
 def plot(folder, table, rows, arguments):
     """The gap against every measure, against SRR, and tau of every measure (Figs. 4, 6)."""
-    gap, kind = arguments.gap[0], "model" if "model" in arguments.axes else None
+    gap, kind, by = arguments.gap[0], "model" if "model" in arguments.axes else None, arguments.by
+    rows = rows[rows["measure"].isin(drawn(rows["measure"], arguments))]
     kinds = table[kind].map(shown) if kind else pd.Series("", table.index)
     taus = {name: tau for name, tau in zip(rows["measure"], rows["tau"]) if name in table}
     panels = {name: (f"τ = {tau:.2f}", table[name], table[gap]) for name, tau in taus.items()}
     figures.scatter(panels, kinds, folder / "scatter.png", label=gap, legend=kind)
     if "srr" in panels:
-        panels = {"SRR": panels["srr"]}
-        if kind:
+        if by and table[by].nunique() > 1:  # SRR grows with the width: each has a panel
+            parts = [(level, own[["srr", gap]]) for level, own in table.groupby(by)]
+            panels = {f"SRR, {by} {shown(level)}": ("", own["srr"], own[gap]) for level, own in parts}
+        else:
+            panels = {"SRR": panels["srr"]}
+        if kind and len(panels) == 1:
             inside = table[["srr", gap]] - table.groupby(kind)[["srr", gap]].transform("mean")
             panels[f"SRR, and {gap}, minus their mean in each {kind}"] = "", inside["srr"], inside[gap]
-        figures.scatter(panels, kinds, folder / "srr.png", label=gap, legend=kind, width=4.2, sharey=False)
+        figures.scatter(panels, kinds, folder / "srr.png", label=gap, legend=kind, columns=2, width=4.2, sharey=False)
     series = {"all pairs": "tau"} | {f"same {', '.join(names)}": "tau_same_" + "_".join(names) for names in arguments.same}
     taus = {name: rows[["measure", tau, f"{tau}_low", f"{tau}_high"]].to_numpy() for name, tau in series.items()}
     figures.forest(taus, folder / "forest.png", label=f"Kendall's τ with {gap}, 95 % interval")

@@ -7,14 +7,19 @@ import pandas as pd
 from scipy.stats import t, ttest_1samp
 
 MAIN = ["crate-c", "crate-n", "crate-t", "crate"]  # the model types of Sections 4.3, 5 and 6
-NORM_MEASURES = ["log_prod_of_fro", "log_sum_of_fro", "log_prod_of_spec", "log_sum_of_spec", "path_norm"]
-MATCHED = {"tau_same_model": "same type", "tau_same_model_lr": "same type and rate"}
-RULE = """A claim is that all numbers of its row are positive, or negative. A number *holds* where its interval is on the
-claimed side and is *contradicted* where it is on the other; else it is *undecided*. Gains of accuracy have *no effect* where
-all their 90 % intervals lie within 0.5 points (two one-sided tests). Intervals over seeds are t intervals, together of 95 % for
-the row (Bonferroni, over all steps where the worst of them is shown). Rank correlations have bootstrap intervals over models
-(crate/ranks.py) of 95 % each; tau over all pairs decides, in brackets stands that of pairs of one type, and of one type and
-learning rate. Rows are not adjusted for each other: of thirty, one or two may be decided by chance.
+TYPES = [*MAIN, "crate-fix", "crate-identity", "crate-e"]  # all that a claim speaks of
+NORMS = ["log_prod_of_fro", "log_sum_of_fro", "log_prod_of_spec", "log_sum_of_spec", "path_norm"]
+FLATNESS = ["inverse_margin", "pacbayes_flatness"]
+# Those of Tables 1 and 5, and baselines: what is shown. The other measures stand in correlation.csv.
+MEASURES = ["srr", "srr_lambda_0", *NORMS, "sum_of_spec_literal", "inverse_margin", "pacbayes_init", "pacbayes_flatness"]
+MEASURES += ["sharpness_flatness", "baseline_type", "baseline_lr", "baseline_steps", "baseline_other_seed"]
+BEYOND = "Beyond the paper: "
+VERDICTS = ["contradicted", "contradicted in part", "no effect", "undecided", "holds in part", "holds"]
+RULE = """A claim is that all its numbers are positive, or negative. A number *holds* where its interval is on the claimed side,
+is *contradicted* where it is on the other, else *undecided*. Accuracy gains have *no effect* where all their 90 % intervals lie
+within 0.5 points (two one-sided tests). Intervals over seeds are t intervals, 95 % for a row (Bonferroni, over all steps where
+the worst is shown); of rank correlations 95 % each (bootstrap over models). Rows are not adjusted for each other: with nothing
+to find, about {chance:.1f} of {rows} would be decided by chance.
 """
 
 
@@ -29,10 +34,11 @@ def mean_interval(values, confidence=0.95):
 
 
 def with_interval(number, low, high, form="+.3g"):
-    """A number and its interval, if it has one, as text."""
-    if not np.isfinite(low):
-        return f"{number:{form}}" if np.isfinite(number) else "-"
-    return f"{number:{form}} [{low:{form}}, {high:{form}}]"
+    """A number and its interval, if it has one, as text; from 1,000 on without decimals."""
+    number, low, high = (
+        f"{x:+.0f}" if abs(x) >= 1000 else f"{x:{form}}" if np.isfinite(x) else "-" for x in (number, low, high)
+    )
+    return number if low == "-" else f"{number} [{low}, {high}]"
 
 
 def interval_of(row, column):
@@ -40,9 +46,9 @@ def interval_of(row, column):
     return row[column], row[f"{column}_low"], row[f"{column}_high"]
 
 
-def claim(section, text, side, numbers, n, beside={}):
+def claim(section, text, side, numbers, n):
     """A row of the claims table, in a list; none without numbers, {name: (number, low, high)}, which are claimed to be > 0
-    (side +1) or < 0 (-1). n: how many seeds or models, as text; beside: text behind a number.
+    (side +1) or < 0 (-1). n: how many seeds or models, as text.
     """
     if not numbers:
         return []
@@ -50,8 +56,12 @@ def claim(section, text, side, numbers, n, beside={}):
     counts = {"holds": (bounds[:, 0] > 0).sum(), "contradicted": (bounds[:, 1] < 0).sum()}
     some = [f"{word} in {count} of {len(numbers)}" for word, count in counts.items() if count]
     every = [word for word, count in counts.items() if count == len(numbers)]
-    shown = "; ".join(f"{name} {with_interval(*number)}".strip() + beside.get(name, "") for name, number in numbers.items())
-    row = {"section": section, "claim": text, "claimed": "> 0" if side > 0 else "< 0", "numbers": shown, "n": n}
+    shown, before = [], ""
+    for name, number in numbers.items():  # what two in a row are of, "d = 96: ", is said once
+        words = name[: name.find(": ") + 2] if ": " in name else ""
+        shown.append(f"{name.removeprefix(words) if words == before else name} {with_interval(*number)}".strip())
+        before = words
+    row = {"section": section, "claim": text, "claimed": "> 0" if side > 0 else "< 0", "numbers": "; ".join(shown), "n": n}
     return [row | {"verdict": ", ".join(every or some or ["undecided"])}]
 
 
@@ -67,6 +77,41 @@ def over_seeds(section, text, side, values, *, tests=None, margin=None):
         if min(lows) > -margin and max(highs) < margin:
             rows[0]["verdict"] = f"no effect (within {margin:g} points)"
     return rows
+
+
+def over_sets(sets):
+    """The rows of claims about several sets of runs: a row a claim, the sets side by side. sets: {words: [(section, text, side,
+    values, tests, margin)]}, each as over_seeds takes them; the words go before the names of the values.
+    """
+    merged = {}
+    for words, of_set in sets.items():
+        for section, text, side, values, tests, margin in of_set:
+            known, counted = merged.get((section, text, side, margin), ({}, 0))
+            own = {": ".join(filter(None, (words, name))): series for name, series in values.items() if series.notna().any()}
+            merged[section, text, side, margin] = known | own, counted + (tests or len(own))
+    return [
+        row for (section, text, side, margin), (values, tests) in merged.items()
+        for row in over_seeds(section, text, side, values, tests=tests, margin=margin)
+    ]  # fmt: skip
+
+
+def kind(verdict):
+    """The entry of VERDICTS that a verdict is an instance of."""
+    if " in " in verdict:
+        return "contradicted in part" if "contradicted" in verdict else "holds in part"
+    return next(word for word in VERDICTS if verdict.startswith(word))
+
+
+def in_order(rows):
+    """{heading: rows, disagreements first} of the paper's claims and of those beyond it; the heading counts verdicts."""
+    parts = {}
+    for what, beyond in ("The paper's", False), ("Beyond the paper,", True):
+        own = [row for row in rows if row["claim"].startswith(BEYOND) == beyond]
+        own.sort(key=lambda row: VERDICTS.index(kind(row["verdict"])))
+        count = {word: sum(kind(row["verdict"]) == word for row in own) for word in VERDICTS}
+        heading = f"{what} {len(own)} claims: " + ", ".join(f"{word} {number}" for word, number in count.items() if number)
+        parts |= {heading: own} if own else {}
+    return parts
 
 
 def attention_claims(rates):
@@ -85,16 +130,16 @@ def initial_claims(layers, where):
     curves = layers.groupby(["seed", "layer"])["srr"].mean().unstack()  # (seeds, layers)
     depth = max(curves)
     first, turn, last = curves[1], curves[max(1, 3 * depth // 4)], curves[depth]
-    lowest = with_interval(*mean_interval(curves.idxmin(axis=1)), ".1f")
+    lowest = f"{where} (lowest at layer {with_interval(*mean_interval(curves.idxmin(axis=1)), '.1f')})"
     text = "At initialisation SRR falls over the first three quarters of the layers (9 of 12)"
     rows = over_seeds("4.3", text, -1, {where: turn - first})
-    text = f"At initialisation SRR rises over the last quarter of the layers; it is lowest at layer {lowest}"
-    return rows + over_seeds("4.3", text, +1, {where: last - turn})
+    text = "At initialisation SRR rises over the last quarter of the layers"
+    return rows + over_seeds("4.3", text, +1, {lowest: last - turn})
 
 
-def course_claims(layers, which):
+def course_claims(layers):
     """Section 4.3 along training, from rows {model, seed, epoch, layer, srr}: SRR rises from any logged epoch to the next."""
-    worst, share, tests = {}, [], 0
+    worst, tests = {}, 0
     for model in MAIN:
         own = layers[layers["model"] == model]
         if model == "crate-c":  # the paper excepts its last few layers
@@ -102,60 +147,54 @@ def course_claims(layers, which):
         curves = own.pivot(index=["layer", "epoch"], columns="seed", values="srr").sort_index()
         steps = curves.groupby("layer").diff().dropna(how="all")  # a row per layer and step, a column per seed
         if len(steps):
-            worst[model], tests = steps.loc[steps.mean(axis=1).idxmin()], tests + len(steps)
-            share.append(f"{(steps > 0).sum().sum() / steps.count().sum():.0%} of {model}'s")
-    text = f"Training raises SRR at every layer, but CRATE-C's last quarter, from logged epoch to epoch{which}: worst step"
-    return over_seeds("4.3", f"{text}; {', '.join(share)} steps rise", +1, worst, tests=tests)
+            share = (steps > 0).sum().sum() / steps.count().sum()
+            worst[f"{model} ({share:.0%} rise)"] = steps.loc[steps.mean(axis=1).idxmin()]
+            tests += len(steps)
+    text = "Training raises SRR at every layer (but CRATE-C's last quarter), epoch after logged epoch: worst step"
+    return [("4.3", text, +1, worst, tests, None)]
 
 
-def operator_claims(changes, which):
+def operator_claims(changes):
     """What compresses in trained models (Section 4.3). changes: of R^c, mean over layers, columns after, after_equal_norm,
     index (model, point, seed)."""
-    beyond, rows = "Beyond the paper: at equal norm of the tokens attention lowers R^c", []
+    rows = []
     for text, side, models, point, rate in (
         ("Attention raises R^c", +1, ["crate-c", "crate-t", "crate"], "compressed", "after"),
         ("CRATE-N's negated step, and crate-e's exact one, lower R^c", -1, ["crate-n", "crate-e"], "compressed", "after"),
         ("ISTA with its ReLU lowers R^c (conjecture)", -1, MAIN, "output", "after"),
-        (beyond, -1, [*MAIN, "crate-e"], "compressed", "after_equal_norm"),
+        (BEYOND + "at equal norm of the tokens attention lowers R^c", -1, [*MAIN, "crate-e"], "compressed", "after_equal_norm"),
     ):
         own = changes[rate].xs(point, level="point").unstack("model")
         own = {model: own[model] for model in models if model in own}
-        rows += over_seeds("4.3", f"{text} in trained models{which}", side, own)
+        rows.append(("4.3", f"{text} in trained models", side, own, None, None))
     return rows
 
 
-def rank_claims(widths, whole, study):
-    """Section 5, from correlation.csv tables: {words: table} of each width, of all widths together, of random settings.
-
-    Beside tau over all pairs, which the paper's claims are about, stands that over matched pairs (crate/ranks.py).
-    """
-    smaller, larger, every = dict([*widths.items()][:1]), dict([*widths.items()][1:]), widths | whole | study
-    rows, beyond = [], "Beyond the paper: "
-    flatness, wins = ["inverse_margin", "pacbayes_flatness"], "SRR wins on the axis of model types: its lead in psi"
-    for text, side, column, tables, measures, *gap in (
-        ("SRR correlates with the gap: tau", +1, "tau", widths, ["srr"]),
-        ("SRR has the highest tau: its lead over the closest rival", +1, "lead", widths, ["srr"]),
-        (f"{wins} over the closest rival", +1, "lead_psi_model", smaller, ["srr"]),
-        ("Norms and path-norm correlate negatively: tau", -1, "tau", smaller, NORM_MEASURES),
-        ("1/margin and PAC-Bayes flatness correlate positively: tau", +1, "tau", smaller, flatness),
-        ("SRR is not the best on dropout: its lead in psi over the closest rival", -1, "lead_psi_dropout", larger, ["srr"]),
-        ("SRR is not the best on model types: its lead in psi over the closest rival", -1, "lead_psi_model", larger, ["srr"]),
-        (beyond + "SRR correlates over all widths, and at random settings: tau", +1, "tau", whole | study, ["srr"]),
-        (beyond + "SRR ranks models of one type: tau", +1, "tau_same_model", every, ["srr"]),
-        (beyond + "SRR ranks models of one type and learning rate: tau", +1, "tau_same_model_lr", every, ["srr"]),
-        (beyond + "SRR correlates with the gap in accuracy: tau", +1, "tau", every, ["srr"], "gap_accuracy"),
+def rank_claims(widths, others):
+    """Section 5, from correlation.csv tables: {words: table} of each width; of all widths together and of random settings."""
+    smaller, larger = dict([*widths.items()][:1]), dict([*widths.items()][1:])
+    rows, psi = [], ["lead_psi_dropout", "lead_psi_model"]
+    for text, side, columns, tables, measures, gap in (
+        ("SRR correlates with the gap: tau", +1, ["tau"], widths, ["srr"], "gap"),
+        ("SRR has the highest tau: its lead over the closest rival", +1, ["lead"], widths, ["srr"], "gap"),
+        ("SRR wins on model types: its lead in psi over the closest rival", +1, psi[1:], smaller, ["srr"], "gap"),
+        ("Norms and path-norm correlate negatively: tau", -1, ["tau"], smaller, NORMS, "gap"),
+        ("1/margin and PAC-Bayes flatness correlate positively: tau", +1, ["tau"], smaller, FLATNESS, "gap"),
+        ("SRR is not the best on dropout and model types: its lead in psi", -1, psi, larger, ["srr"], "gap"),
+        (BEYOND + "SRR correlates over all widths, and at random settings: tau", +1, ["tau"], others, ["srr"], "gap"),
+        (BEYOND + "SRR ranks models of one type: tau", +1, ["tau_same_model"], widths | others, ["srr"], "gap"),
+        (BEYOND + "SRR ranks models of one type and rate: tau", +1, ["tau_same_model_lr"], widths | others, ["srr"], "gap"),
+        (BEYOND + "SRR correlates with the gap in accuracy: tau", +1, ["tau"], widths | others, ["srr"], "gap_accuracy"),
     ):
-        numbers, beside, models = {}, {}, {}
+        numbers, models = {}, {}
         for where, table in tables.items():
-            for row in table[table["measure"].isin(measures) & table["gap"].eq(*gap or ["gap"])].to_dict("records"):
-                if np.isfinite(row.get(column, math.nan)):
-                    name = f"{row['measure']}, {where}" if len(measures) > 1 else where
-                    numbers[name], models[row["models"]] = interval_of(row, column), True
-                    matched = [
-                        f"{words} {with_interval(*interval_of(row, same))}" for same, words in MATCHED.items() if same in row
-                    ]
-                    beside[name] = f" ({', '.join(matched)})" if column == "tau" and matched else ""
-        rows += claim("5", text, side, numbers, " / ".join(map(str, models)) + " models", beside)
+            for row in table[table["measure"].isin(measures) & table["gap"].eq(gap)].to_dict("records"):
+                for column in columns:
+                    if np.isfinite(row.get(column, math.nan)):
+                        one = column.removeprefix("lead_psi_") if len(columns) > 1 else row["measure"]
+                        numbers[where if len(columns) == len(measures) == 1 else f"{where}: {one}"] = interval_of(row, column)
+                        models[row["models"]] = True
+        rows += claim("5", text, side, numbers, " / ".join(map(str, models)) + " models")
     return rows
 
 
@@ -187,7 +226,7 @@ def observed_slopes(results):
         if (results / f"{name}.csv").exists():
             models = pd.read_csv(results / f"{name}.csv").dropna(subset=["srr", "gap"])
             models = models.query("model in @MAIN and reached_target != False and width == width.min()")
-            found[f"nobody pushed: {what}, d = {models['width'].min()}"] = observed_slope(models)
+            found[f"{what}, d = {models['width'].min()}"] = observed_slope(models)
     return found
 
 
@@ -196,23 +235,24 @@ def narrowest(slopes):
     return min(slopes.values(), key=lambda slope: slope[2] - slope[1], default=[math.nan])[0]
 
 
-def accuracy_claims(gains, plain, which):
+def accuracy_claims(gains, plain):
     """Section 6. gains: points of accuracy that SRR in the loss adds (Table 2), index (model, seed), a column per eta; plain:
     accuracies in % without (Table 3), a row per seed, a column per model type.
     """
     rows = []
     for eta, values in gains.items():
         of_models = {model: values[model] for model in MAIN if model in values.index}
-        text = f"SRR of the last layer in the loss helps, eta = {eta:g}{which}: points"
-        rows += over_seeds("6", text, +1, of_models, margin=0.5)
-    plain = plain.reindex(columns=[*MAIN, "crate-fix", "crate-identity"])
-    C, N, T, W, fix, identity = (plain[model] for model in plain)
-    rows += over_seeds("6", f"CRATE-N beats CRATE-C{which}: points", +1, {"": N - C})
-    rows += over_seeds("6", f"CRATE-N falls behind CRATE-T{which}: points", -1, {"": N - T})
-    text = f"CRATE-T is nearer to CRATE than to CRATE-C{which}: (T - C) - (CRATE - T) in points"
-    rows += over_seeds("6", text, +1, {"": 2 * T - C - W})
+        rows.append(("6", f"SRR of the last layer in the loss helps, eta = {eta:g}: points", +1, of_models, None, 0.5))
+    C, N, T, W, fix, identity, _ = (plain.get(model, pd.Series(dtype=float)) for model in TYPES)
     best = {"to C": T - C, "to Fix": T - fix, "to Identity": T - identity}
-    return rows + over_seeds("6", f"The transpose is the best fixed output matrix{which}: its lead in points", +1, best)
+    for text, side, values in (
+        ("CRATE-N beats CRATE-C: points", +1, {"": N - C}),
+        ("CRATE-N falls behind CRATE-T: points", -1, {"": N - T}),
+        ("CRATE-T is nearer to CRATE than to CRATE-C: by points", +1, {"": 2 * T - C - W}),
+        ("The transpose is the best fixed output matrix: its lead in points", +1, best),
+    ):
+        rows.append(("6", text, side, values, None, None))
+    return rows
 
 
 def layer_choice_claims(by_layer):
@@ -222,5 +262,5 @@ def layer_choice_claims(by_layer):
     every, shallow, deep = (own.mean(axis=1, skipna=False) for own in (fixed, fixed.iloc[:, :half], fixed.iloc[:, -half:]))
     random = by_layer.get("random", pd.Series(dtype=float))
     rows = over_seeds("6", "A fixed layer's SRR is better than a random one's: points", +1, {"": every - random})
-    text = "Shallower layers gain more: first half of the layers minus second half, points"
+    text = "Shallower layers gain more: first half minus second, points"
     return rows + over_seeds("6", text, +1, {"": shallow - deep})

@@ -1,5 +1,6 @@
 """Every figure. Drawn with matplotlib's object interface, which needs no display and leaves no state behind."""
 
+import itertools
 import math
 import os
 from io import BytesIO
@@ -20,8 +21,9 @@ matplotlib.rcdefaults()  # whatever a matplotlibrc says
 # Okabe and Ito's colours, told apart with any colour vision; one per model type, the same in every figure.
 COLOURS = {
     "crate-c": "#0072B2", "crate-n": "#D55E00", "crate-t": "#009E73", "crate": "#CC79A7",
-    "crate-fix": "#E69F00", "crate-identity": "#56B4E9", "crate-e": "#000000", "vit": "#F0E442",
+    "crate-fix": "#E69F00", "crate-identity": "#56B4E9", "crate-e": "#000000", "vit": "#882255",
 }  # fmt: skip
+OTHERS = ["#999933", "#44AA99", "#332288", "#AA4499"]  # of other types
 GREY = "#555555"
 
 
@@ -36,9 +38,11 @@ def grid(panels=1, columns=1, width=4.2, height=3.2, **settings):
 
 
 def colours_of(names):
-    """{name: colour}: model types have their own, other names go from dark to light, in the given order."""
-    scale = colormaps["viridis"](np.linspace(0, 0.9, len(names)))
-    return {name: COLOURS.get(name, colour) for name, colour in zip(names, scale)}
+    """{name: colour}: model types have their own, and those beside them others; other names go from dark to light, in order."""
+    if not COLOURS.keys() & set(names):
+        return dict(zip(names, colormaps["viridis"](np.linspace(0, 0.9, len(names)))))
+    others = itertools.cycle(OTHERS)
+    return {name: COLOURS.get(name) or next(others) for name in names}
 
 
 def plain(name):
@@ -51,7 +55,7 @@ def legend_above(figure, axis, title=None):
     handles, names = axis.get_legend_handles_labels()
     if 1 < len(names) <= 12:
         place = dict(loc="outside upper center", frameon=False, fontsize=8, title_fontsize=8)
-        figure.legend(handles, names, title=title, ncols=min(len(names), 6), **place)
+        figure.legend(handles, names, title=title, ncols=math.ceil(len(names) / math.ceil(len(names) / 6)), **place)
 
 
 def save(figure, path):
@@ -67,8 +71,9 @@ def rates_by_layer(rates, titles, path):
     (Figs. 1a, 5). rates: rows of crate.compression.rates_along; titles: {rule: title}, a panel each.
     """
     figure, axes = grid(len(titles), min(len(titles), 3))
-    shown = {"before": ("before the step", GREY, "o-"), "after": ("after the step", COLOURS["crate-n"], "s-")}
-    shown["after_equal_norm"] = ("after it, at equal norm", COLOURS["crate-c"], "^--")
+    shown = {"before": ("before the step", GREY, dict(marker="o", markersize=8, markerfacecolor="none"))}  # seen below others
+    shown["after"] = ("after the step", COLOURS["crate-n"], dict(marker="s", markersize=4))
+    shown["after_equal_norm"] = ("after it, at equal norm", COLOURS["crate-c"], dict(marker="^", markersize=4, linestyle="--"))
     for axis, (rule, title) in zip(axes, titles.items()):
         own = rates[rates["rule"] == rule]
         overflow = own.loc[own["overflow"].astype(bool), "layer"].min()  # NaN without
@@ -76,11 +81,15 @@ def rates_by_layer(rates, titles, path):
         for when, (label, colour, style) in shown.items():
             values = drawn[when].astype(float).groupby(drawn["layer"]).agg(["min", "max", "mean"]).dropna()
             axis.fill_between(values.index, values["min"], values["max"], color=colour, alpha=0.25, linewidth=0)
-            axis.plot(values["mean"], style, color=colour, markersize=4, label=label)
+            axis.plot(values["mean"], color=colour, label=label, **style)
         if math.isfinite(overflow):
             axis.set_yscale("log" if len(drawn) else "linear")
             axis.axvline(overflow, color=GREY, linestyle=":")
             title += f"; overflow at layer {overflow:.0f}"
+        first = drawn[drawn["layer"] == 1][["before", "after"]].astype(float).mean()
+        if first["after"] < 1e-3 * first["before"]:  # no line of the panel can be read
+            text = f"layer 1: from {first['before']:.0f} nats to {first['after']:.1g};\nthen nothing is left"
+            axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", fontsize=9)
         axis.set(xlabel="layer", ylabel="$R^c$ (nats)", xlim=(0.5, rates["layer"].max() + 0.5))
         axis.set_title(title, fontsize=9)
     axes[0].legend(frameon=False, fontsize=8)
@@ -98,18 +107,19 @@ def log_curves(curves, path):
     save(figure, path)
 
 
-def by_layer(rows, path, *, label=r"SRR measure, $\lambda ||Z||_0 + R^c - R$", columns=2):
+def by_layer(rows, path, *, label=r"SRR measure, $\lambda ||Z||_0 + R^c - R$", columns=2, sharey="row"):
     """SRR over the layers, mean over seeds and its interval (Figs. 2, 3). rows: {panel, line, layer, srr}, one a seed."""
     panels, colours = rows["panel"].unique(), colours_of(rows["line"].unique())
     columns = min(columns, len(panels))
-    figure, axes = grid(len(panels), columns, width=8 / columns, height=2.5, sharey="row")
+    figure, axes = grid(len(panels), columns, width=max(8 / columns, 2.6), height=2.5, sharey=sharey)
     for axis, panel in zip(axes, panels):
         for (line, colour), marker in zip(colours.items(), "os^Dv<>ph*" * len(colours)):
             seeds = rows[(rows["panel"] == panel) & (rows["line"] == line)].groupby("layer")["srr"]
             mean, low, high = np.array([mean_interval(values) for _, values in seeds]).reshape(-1, 3).T
             axis.plot([*seeds.groups], mean, marker + "-", color=colour, markersize=3.5, linewidth=1.2, label=line)
             axis.fill_between([*seeds.groups], low, high, color=colour, alpha=0.15, linewidth=0)
-        axis.set(title=panel, xlabel="layer")
+        axis.set_xlabel("layer")
+        axis.set_title(plain(panel) if "$" not in panel else panel, fontsize=9)
         axis.xaxis.get_major_locator().set_params(integer=True)
     figure.supylabel(label, fontsize=10)
     legend_above(figure, axes[0])
@@ -152,7 +162,7 @@ def scatter(panels, levels, path, *, label, legend=None, columns=6, width=2.3, s
         else:
             axis.locator_params(axis="x", nbins=4)
         for level, colour in colours_of(sorted(set(levels))).items():
-            own = levels == level
+            own = levels[x.index] == level
             axis.scatter(x[own], y[own], s=4 * width, color=colour, linewidths=0, alpha=0.8, label=plain(level))
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(plain(name), fontsize=8 if len(name) < 24 * width / 2.3 else 6.5)
@@ -172,6 +182,8 @@ def forest(taus, path, *, label):
         _, numbers, lows, highs = zip(*rows)
         axis.hlines(height, lows, highs, color=colour, linewidth=1.5)
         axis.plot(numbers, height, marker, color=colour, markersize=4, label=plain(name))
+    if "srr" in names:
+        axis.axhspan(names.index("srr") - 0.5, names.index("srr") + 0.5, color="0.92", zorder=0)
     axis.axvline(0, color=GREY, linewidth=0.8)
     axis.set(xlim=(-1.03, 1.03), ylim=(len(names) - 0.4, -0.6))
     axis.set_xlabel(plain(label))
@@ -216,12 +228,13 @@ def pushed(changes, slopes, path):
     """
     figure, axes = grid(len(changes), len(changes), width=4.4, height=3.8, sharey=True)
     for axis, (title, rows) in zip(axes, changes.items()):
+        colours = colours_of(rows["model"].unique())
         for model, own in rows.groupby("model"):
             line = sorted((of_eta["srr"].mean(), *mean_interval(of_eta["gap"])) for _, of_eta in own.groupby("srr_reg"))
             x, y, low, high = np.array([*line, (0, 0, 0, 0)]).T
             order = np.argsort(x)
-            axis.plot(x[order], y[order], color=COLOURS[model], linewidth=1.2)
-            axis.errorbar(x, y, [y - low, high - y], fmt="o", color=COLOURS[model], markersize=4, label=model)
+            axis.plot(x[order], y[order], color=colours[model], linewidth=1.2)
+            axis.errorbar(x, y, [y - low, high - y], fmt="o", color=colours[model], markersize=4, label=model)
         for _, of_eta in rows.groupby("srr_reg"):
             mean, low, high = mean_interval(
                 of_eta.pivot(index="seed", columns="model", values="gap").mean(axis=1, skipna=False)

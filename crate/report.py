@@ -7,7 +7,10 @@ alone is done: a report rebuilt from its tables. An experiment's folder says wha
     grid      Section 5's models (Table 4)             table2, table2-..   SRR in the loss, one data set each (Figs. 2, 3)
     table3    other output matrices                    table6              the SRR of other layers
     layers    twelve layers at initialisation          intervention        eta, --srr-layer, seed alone differ
-    study     random settings
+    study     random settings                          rate                random settings at one learning rate
+    any other name: single runs, whose layer-wise SRR is drawn
+
+What a data set is called in title and captions, if not by the name of its --dataset: datasets.json in --results.
 """
 
 import sys
@@ -17,49 +20,53 @@ import pandas as pd
 
 from crate import claims, figures
 from crate.claims import mean_interval, with_interval
-from crate.cli import InputError, Parser, markdown_table, one_line, path, run, write_text
+from crate.cli import InputError, Parser, markdown_table, one_line, path, read_json, run, write_text
 from crate.compression import RULES
 from crate.model import VARIANTS
 from crate.page import write_page
 from crate.runs import read_log, read_run
 
 RUN = ["experiment", "run"]
-NORMS = """Raw R^c grows with the tokens' norm, so a step that only stretches them raises it; the paper's numbers are raw. At
-equal norm the tokens are scaled back to the Frobenius norm that they had before the step: their arrangement alone counts.
+WITHOUT_LAYERS = ("grid", "study", "rate", "table6", "intervention")  # whose SRR of single layers nothing shows
+KNOWN = ("table2", "table3", "layers", *WITHOUT_LAYERS)
+OPERATORS = {"compressed": "attention step", "output": "ISTA (vit: MLP)"}  # by the point behind them
+SHOWN = 12  # single runs of an experiment that are drawn
+NORMS = """R^c grows with the tokens' norm, so a step that only stretches them raises it. At equal norm they are scaled back to
+the Frobenius norm that they had before the step: their arrangement alone counts.
+"""
+RANKS = """Kendall's tau with the gap: psi of pairs of models that differ in one hyperparameter alone, Psi their mean, tau of
+all pairs. What the models of a pair share can't explain their agreement: hence, in the plots, tau of pairs of one type, and of
+one type and learning rate (within a factor of 1.25 where it is random). `srr_lambda_0` is R^c - R; the baselines are the mean
+SRR of the type, the learning rate, the number of steps. Other measures and statistics: `correlation.md`.
+"""
+INTERVENTION = """Only eta differs, and moves SRR. If SRR is what makes the gap, the gap follows it along eta.
 """
 ACCURACY = "Validation accuracy in % after the last epoch, mean ± standard deviation over seeds; differences paired by seed.\n"
-RANKED = ["srr", "srr_lambda_0", *claims.NORM_MEASURES, "sum_of_spec_literal", "inverse_margin", "pacbayes_init"]
-RANKED += ["pacbayes_flatness", "sharpness_flatness", "baseline_type", "baseline_lr", "baseline_steps"]
-RANKS = """Kendall's tau with the gap in the loss (`gap`) and in accuracy: over all pairs of models, over those of one type, and
-of one type and learning rate (within a factor of 1.25 where it is random). What the models of a pair share can't explain
-the agreement that is left. In brackets 95 % bootstrap intervals over the models.
-"""
-INTERVENTION = """Only eta differs, and moves SRR. If SRR is what makes the gap, the gap follows it. SRR by eta: its difference
-to eta = 0; slope: of the gap over SRR, along eta and, for comparison, among models of one type that nobody pushed.
-"""
 
 
 def collect(runs, results):
-    """Write runs.csv, a row per finished run, to `results`; and of runs without SRR in the loss layers.csv and operators.csv.
-
-    A run that can't be read is named on stderr and left out. Raises InputError where none is left.
+    """Write runs.csv, a row per finished run, to `results`; and of runs without SRR in the loss, and of single ones, layers.csv
+    and operators.csv. A run that can't be read is named on stderr and left out. Raises InputError where none is left.
     """
     tables = {"runs": [], "layers": [], "operators": []}
-    for folder in sorted(file.parent for file in runs.glob("*/*/result.json")):
-        where = {"experiment": folder.parent.name, "run": folder.name}
+    files = [file for depth in ("*/*", "*", ".") for file in runs.resolve().glob(f"{depth}/result.json")]
+    for folder in sorted(file.parent for file in files):
+        experiment = folder.parent.name
+        where = {"experiment": experiment, "run": folder.name}
         try:
             (config, result), log = read_run(folder), read_log(folder)
             row = where | config | {"max_epochs": config["epochs"]} | result  # the result's epochs are those that it took
-            row |= {
-                "torch": config["versions"]["torch"],
-                "processor": "{processor}, {cores} cores".format(**config["versions"]),
-            }
-            row["srr"] = pd.Series([parts["srr"] for parts in log[-1].get("srr") or []], dtype=float).mean()  # Eq. 11
+            row["torch"], row["processor"] = (
+                config["versions"]["torch"],
+                "{processor}, {cores} cores".format(**config["versions"]),
+            )
+            srr = pd.Series([parts["srr"] for parts in log[-1].get("srr") or []], dtype=float)
+            row["srr"] = srr.mean(skipna=False)  # Eq. 11
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             print(f"left out: {one_line(error, folder)}", file=sys.stderr)
             continue
         tables["runs"].append({key: value for key, value in row.items() if not isinstance(value, (dict, list))})
-        if config["srr_reg"] or not folder.parent.name.startswith(("table2", "table3", "layers")):
+        if experiment in WITHOUT_LAYERS or (config["srr_reg"] and experiment.startswith(KNOWN)):
             continue
         for epoch in log:
             here = where | {"epoch": epoch["epoch"]}
@@ -78,12 +85,57 @@ def collect(runs, results):
             write_text(results / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False, float_format=digits))
 
 
+def read_runs(results):
+    """runs.csv, with `data_set` and `size` in words; empty where there is none. Raises InputError for two runs of a setting."""
+    runs = pd.DataFrame(columns=["experiment", "run", "dataset", "model", "seed", "width", "depth", "srr_reg", "srr_layer"])
+    if (results / "runs.csv").exists():
+        runs = pd.read_csv(results / "runs.csv", dtype={"experiment": str, "srr_layer": str, "commit": str})
+    names = read_json(results / "datasets.json") if (results / "datasets.json").exists() else {}
+    runs["data_set"] = [names.get(name, Path(name).name) for name in runs["dataset"]]
+    runs["size"] = [f"d = {width}" for width in runs["width"]]
+    compared = runs[runs["experiment"].str.startswith(("table", "intervention"))]
+    compared = compared.assign(experiment=compared["experiment"].replace("table3", "table2"))  # they share a table
+    twice = compared[compared.duplicated(["experiment", "model", "seed", "srr_reg", "srr_layer"], keep=False)]
+    if len(twice):
+        names = f"{twice['experiment'].iloc[0]}: {', '.join(twice['run'][:2])}"
+        raise InputError(f"{names}: same model, seed, srr_reg and srr_layer; move one to another experiment")
+    return runs
+
+
+def read_rows(results, name, runs):
+    """layers.csv or operators.csv, with what their runs say of themselves; empty where there is none."""
+    file = results / f"{name}.csv"
+    rows = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=[*RUN, "epoch", "images"])
+    rows = runs[[*RUN, "model", "seed", "width", "size"]].merge(rows, on=RUN)
+    return rows.assign(when=[f"epoch {epoch}" if epoch else "at initialisation" for epoch in rows["epoch"]])
+
+
+def about(runs):
+    """What runs are of, in words."""
+    return ", ".join([*runs["data_set"].unique(), *runs["size"].unique()])
+
+
+def data_sets(runs):
+    """(runs that belong together, words where there are several such sets, end of file names): table2 and table3, table2-.."""
+    sets = {name: runs[runs["experiment"] == name] for name in sorted(set(runs["experiment"])) if name.startswith("table2")}
+    told = [key for key in ("data_set", "size") if len({own[key].iloc[0] for own in sets.values()}) > 1]
+    for name, own in sets.items():
+        words = ", ".join(own[key].iloc[0] for key in told) or name * (len(sets) > 1)
+        together = [name, "table3"] if name == "table2" else [name]
+        yield runs[runs["experiment"].isin(together)], words, name.removeprefix("table2")
+
+
 def section(title, *parts):
-    return [f"## {title}\n", *parts]
+    return [f"## {title}\n", *parts] if parts else []
 
 
 def image(file, caption):
-    return f"![{caption}]({file})\n\n*{caption}*\n"
+    return f"![{Path(file).stem}]({file})\n\n*{caption}*\n"
+
+
+def in_order(names):
+    """Names in VARIANTS' order, those of other types behind them."""
+    return sorted(set(names), key=lambda name: ([*VARIANTS, name].index(name), name))
 
 
 def markdown(table, order):
@@ -95,7 +147,7 @@ def markdown(table, order):
 def spread(values):
     """Mean and standard deviation of a Series with one value per seed, as text."""
     values = values.dropna().astype(float)
-    return f"{values.mean():.2f} ± {values.std():.2f} (n = {len(values)})".replace("± nan ", "") if len(values) else "-"
+    return f"{values.mean():.2f} ± {values.std():.2f}".removesuffix(" ± nan") if len(values) else "-"
 
 
 def estimate(values, form="+.2f"):
@@ -105,11 +157,13 @@ def estimate(values, form="+.2f"):
 
 def attention_table(rates):
     """R^c around the first step of each update rule, mean ± standard deviation over seeds, and after the last (Figs. 1, 5)."""
-    columns = {"before": "R^c before layer 1", "after": "after it", "after_equal_norm": "after it, at equal norm"}
-    table = rates[rates["layer"] == 1].groupby("rule")[[*columns]].agg(spread).rename(columns=columns)
+    first, titles = rates[rates["layer"] == 1], {rule: title for rule, (title, _) in RULES.items()}
+    columns = {"after": "R^c after layer 1", "after_equal_norm": "at equal norm"}
+    table = first.groupby("rule")[[*columns]].agg(spread).rename(columns=columns)
     table["after the last layer"] = rates.groupby(["rule", "seed"])["after"].last().groupby("rule").agg(spread)
-    titles = {rule: title for rule, (title, _) in RULES.items()}
-    return markdown(table.rename(titles).rename_axis("update"), titles.values()) + "\n" + NORMS
+    before = first.groupby("seed")["before"].mean()
+    text = f"Before layer 1 R^c is {spread(before)} nats ({len(before)} seeds). {NORMS}\n"
+    return text + markdown(table.rename(titles).rename_axis("update"), titles.values())
 
 
 def attention_section(results, runs):
@@ -119,63 +173,82 @@ def attention_section(results, runs):
     rates = pd.read_csv(results / "attention_only/rates.csv")
     return claims.attention_claims(rates), section(
         "Does a compression step lower R^c? (Section 4.1)", attention_table(rates),
-        image("attention_only/fig_1a.png", "R^c around CRATE-C's attention step, by layer (Fig. 1a)"),
-        image("attention_only/fig_1b.png", "The logarithm and its expansions (Fig. 1b)"),
-        image("attention_only/fig_5.png", "R^c around each update, by layer (Fig. 5, and CRATE-N)"),
+        image("attention_only/fig_1a.png", "Fig. 1a. R^c around CRATE-C's attention step"),
+        image("attention_only/fig_1b.png", "Fig. 1b. The logarithm and its expansions"),
+        image("attention_only/fig_5.png", "Fig. 5. R^c around each update, and CRATE-N's"),
     )  # fmt: skip
 
 
-def data_sets(runs):
-    """(runs that belong together, words for them): table2 with table3, then table2-cifar100 and such alone."""
-    for name in sorted(name for name in runs["experiment"].unique() if name.startswith("table2")):
-        together = [name, "table3"] if name == "table2" else [name]
-        yield runs[runs["experiment"].isin(together)], name.removeprefix("table2").replace("-", ", ", 1)
+def operator_table(changes, runs):
+    """What attention and ISTA change R^c by in trained models. changes: see claims.operator_claims."""
+    table = changes.groupby(level=[0, 1]).agg(estimate).unstack()
+    table = pd.DataFrame({
+        words + end: table[norm, point]
+        for point, words in OPERATORS.items() for norm, end in (("after", ""), ("after_equal_norm", ", equal norm"))
+    })  # fmt: skip
+    text = f"Change of R^c in nats by operator, mean over layers, {about(runs)} (LayerNorm's: operators.csv)\n\n"
+    return text + markdown(table.rename_axis("trained"), in_order(table.index))
 
 
 def layers_section(results, runs):
     """Section 4.3."""
-    if not (results / "layers.csv").exists():
-        return [], []
-    found, parts, about = [], [], runs[[*RUN, "model", "seed", "width", "depth"]]
-    layers, operators = (about.merge(pd.read_csv(results / f"{name}.csv"), on=RUN) for name in ("layers", "operators"))
-    layers["when"] = [f"epoch {epoch}" if epoch else "at initialisation" for epoch in layers["epoch"]]
-    layers["size"] = [f"d = {d}, L = {L}" for d, L in zip(layers["width"], layers["depth"])]
+    layers, operators = (read_rows(results, name, runs) for name in ("layers", "operators"))
+    found, parts, course, changed = [], [], {}, {}
 
     def draw(name, caption, rows, panel, line, **options):
-        figures.by_layer(rows.rename(columns={panel: "panel", line: "line"}), results / f"figures/{name}.png", **options)
-        parts.append(image(f"figures/{name}.png", f"{caption}; mean over seeds, 95 % interval"))
+        figures.by_layer(rows.assign(panel=rows[panel], line=rows[line]), results / f"figures/{name}.png", **options)
+        parts.append(image(f"figures/{name}.png", caption))
 
-    start = layers.query("experiment == 'layers' and epoch == 0 and images == 'train'")
+    layers = layers[layers["images"] == "train"]
+    layers = layers.sort_values("model", key=lambda names: names.map(in_order(names).index), kind="stable")
+    start = layers.query("experiment == 'layers' and epoch == 0")
     if len(start):
-        draw("layers", "SRR of every layer's output at initialisation", start, "size", "model")
+        what = about(runs[runs["experiment"] == "layers"])
+        caption = f"Fig. 2, at initialisation. SRR of every layer's output, {what}; shaded: 95 % intervals"
+        draw("layers", caption, start, "size", "model", sharey=False)
         start = start.query("width == width.min() and model in @claims.MAIN")
-        found += claims.initial_claims(start, start["size"].iloc[0])
-    for of_set, which in data_sets(runs):
-        own = layers.merge(of_set[RUN]).query("experiment != 'table3'")
-        main = own["model"].isin(claims.MAIN)
-        own = own[main | ~main.any()]  # other types where none of the paper's are there
-        train, val, name = own.query("images == 'train'"), own.query("images == 'val'"), "fig_2" + which.replace(", ", "-")
-        draw(name, f"SRR of every layer's output on training images{which} (Figs. 2, 3)", train, "model", "when")
-        draw(f"{name}_validation", f"The same on validation images{which}", val, "model", "when")
-        three = {r"$\lambda ||Z||_0$": train["srr"] - train["rate_subspaces"] + train["rate"]}
-        three |= {"$R^c$": train["rate_subspaces"], "$R$": train["rate"]}
-        three = pd.concat(train.assign(part=part + ", " + train["model"], srr=nats) for part, nats in three.items())
-        caption, columns = f"The parts of SRR on training images{which}", train["model"].nunique()
-        draw(f"{name}_parts", caption, three, "part", "when", label="nats", columns=columns)
-
+        found += claims.initial_claims(start, start["size"].iloc[0]) if len(start) else []
+    for of_set, words, suffix in data_sets(runs):
+        own = layers.merge(of_set[RUN])
+        if len(own):
+            course[words], figure = claims.course_claims(own), "Fig. 3" if "cifar100" in suffix else "Fig. 2"
+            caption = f"{figure}. SRR of every layer's output on training images, {about(of_set)}"
+            draw(f"fig_2{suffix}", caption, own, "model", "when", columns=4, sharey=False)
+            ends = own[own["epoch"].isin([0, own["epoch"].max()]) & (own["model"] != "vit")]
+            parts_of_srr = {r"$\lambda ||Z||_0$": ends["srr"] - ends["rate_subspaces"] + ends["rate"]}
+            parts_of_srr |= {"$R^c$": ends["rate_subspaces"], "$R$": ends["rate"]}
+            ends = pd.concat(ends.assign(part=f"{part}, " + ends["when"], srr=nats) for part, nats in parts_of_srr.items())
+            if len(ends):
+                draw(f"fig_2{suffix}_parts", f"{figure}: the parts, without vit", ends, "part", "model", label="nats")
         own = operators.merge(of_set[RUN]).query("epoch > 0")
         own = own[own["epoch"] == own.groupby(RUN)["epoch"].transform("max")]
-        # The points are in the order in which tokens pass them: an operator is named by the point behind it.
-        before = own.groupby(["model", "seed", "layer"])["rate_subspaces"].shift()
-        own = own.assign(after=own["rate_subspaces"] - before, after_equal_norm=own["rate_subspaces_equal_norm"] - before)
-        own = own.dropna(subset="after").groupby(["model", "point", "seed"], sort=False)
-        changes = own[["after", "after_equal_norm"]].mean()
-        found += claims.course_claims(train, which) + claims.operator_claims(changes, which)
-        table = changes.groupby(level=[0, 1], sort=False).agg(estimate).rename_axis(["trained model", "operator"])
-        table.columns = [f"change of R^c in nats{which}, mean over layers and seeds, 95 % interval", "at equal norm"]
-        named = {"compressed": "attention step", "normalised": "LayerNorm", "output": "ISTA (vit: MLP)"}
-        parts += [markdown(table.rename(named), VARIANTS), NORMS]
-    return found, section("Layer-wise SRR (Section 4.3)", *parts)
+        if len(own):
+            # The points are in the order in which tokens pass them: an operator is named by the point behind it.
+            before = own.groupby(["model", "seed", "layer"])["rate_subspaces"].shift()
+            own = own.assign(after=own["rate_subspaces"] - before, after_equal_norm=own["rate_subspaces_equal_norm"] - before)
+            changes = own.dropna(subset="after").groupby(["model", "point", "seed"])[["after", "after_equal_norm"]].mean()
+            changed[words] = claims.operator_claims(changes)
+            parts.append(operator_table(changes, of_set))
+    return found + claims.over_sets(course) + claims.over_sets(changed), section("Layer-wise SRR (Section 4.3)", *parts)
+
+
+def single_section(results, runs):
+    """Runs of experiments that no other section is about."""
+    text, layers = [], read_rows(results, "layers", runs).query("images == 'train'")
+    for name, own in runs[~runs["experiment"].str.startswith(KNOWN)].groupby("experiment"):
+        table = pd.DataFrame(
+            {"epochs": own["epochs"], "validation accuracy, %": (100 * own["val_accuracy"]).map("{:.2f}".format)}
+        )
+        for key, words in ("gap", "gap, nats"), ("srr", "SRR, mean over layers"):
+            table[words] = own[key].map("{:.3g}".format).replace("nan", "-")
+        text += section(f"Runs of `{name}`", markdown(table.set_index(own["run"]), own["run"]))
+        shown = layers.merge(own[RUN]).assign(panel=lambda rows: rows["run"], line=lambda rows: rows["when"])
+        names = shown["run"].unique()
+        if len(names):
+            figures.by_layer(shown[shown["run"].isin(names[:SHOWN])], results / f"figures/runs_{name}.png")
+            caption = f"SRR of every layer's output, {about(own)}; {len(names[:SHOWN])} of {len(names)} runs, all in layers.csv"
+            text.append(image(f"figures/runs_{name}.png", caption))
+    return [], text
 
 
 def table_4(grid):
@@ -186,78 +259,43 @@ def table_4(grid):
     lines += [["runs", len(grid)], ["missed the target", f"{len(missed)}: {', '.join(missed)}" if len(missed) else "none"]]
     for key in ("epochs", "val_accuracy", "gap"):
         lines.append([key, "{min:.4g} to {max:.4g}, median {50%:.4g}".format(**grid[key].describe())])
-    return markdown_table(["", "values"], lines)
+    return f"**Table 4.** The models, {', '.join(grid['data_set'].unique())}\n\n" + markdown_table(["", "values"], lines)
 
 
 def rank_table(table):
-    """tau of the measures that the paper speaks of, for both gaps: over all pairs and over matched ones."""
-    columns = {"tau": "all pairs"} | claims.MATCHED
-    lines = {}
-    for row in table[table["measure"].isin(RANKED)].to_dict("records"):
-        cells = lines.setdefault(row["measure"], {})
-        cells |= {f"{row['gap']}: {words}": with_interval(*claims.interval_of(row, column), "+.2f")
-                  for column, words in columns.items() if column in row}  # fmt: skip
-    return markdown(pd.DataFrame.from_dict(lines, orient="index").rename_axis("measure"), RANKED)
+    """Tables 1 and 5: psi of every axis, Psi and tau of the paper's measures and the baselines, for the first gap."""
+    table = table[table["gap"].eq(table["gap"].iloc[0])].set_index("measure")
+    columns = [name for name in table if name.startswith("psi_") or name in ("Psi", "tau")]
+    return markdown(table[columns].map("{:+.2f}".format), claims.MEASURES)
 
 
 def complexity_section(results, runs):
     """Section 5, and the study: what correlate.py left in `results`."""
     widths = sorted(int(folder.name.removeprefix("width=")) for folder in results.glob("correlation/width=*"))
     places = {f"d = {width}": f"correlation/width={width}" for width in widths}
-    places |= {"all widths" if widths else "all models": "correlation", "random settings": "study_correlation"}
-    tables, pages, grid = {}, [], runs[runs["experiment"] == "grid"]
-    text = section("The models of Section 5 (Table 4)", table_4(grid)) if len(grid) else []
-    captions = {"srr": "The gap against SRR", "forest": "tau of every measure: all pairs, and matched ones; 95 % intervals"}
-    captions["scatter"] = "The gap against every measure (Figs. 4, 6)"
+    places |= {"all widths" if widths else "all models": "correlation"}
+    places |= {"random settings": "study_correlation", "one learning rate": "rate_correlation"}
+    one_width, others, parts, grid = {}, {}, [], runs[runs["experiment"] == "grid"]
     for what, folder in places.items():
-        if (results / folder / "correlation.csv").exists():
-            tables[what] = pd.read_csv(results / folder / "correlation.csv")
-            if "gap" not in tables[what]:
-                raise InputError(f"{results / folder}/correlation.csv: no column gap; run correlate.py again")
-            pages += [
-                f"### {what}\n",
-                rank_table(tables[what]),
-                f"[All measures; psi of every axis]({folder}/correlation.md)\n",
-            ]
-            pages += [image(f"{folder}/{name}.png", f"{caption}, {what}") for name, caption in captions.items()
-                      if (results / folder / f"{name}.png").exists()]  # fmt: skip
-    if pages:
-        text += section(
-            "SRR as a complexity measure (Section 5; Tables 1, 5; beyond the paper, random settings)", RANKS, *pages
-        )
-    study, whole = ({name: tables.pop(name)} if name in tables else {} for name in ("random settings", "all widths"))
-    return claims.rank_claims(tables, whole, study), text
-
-
-def intervention_section(results, runs):
-    """The runs in which eta moves SRR, beside the models that nobody pushed."""
-    moved = runs[runs["experiment"] == "intervention"]
-    found, parts = [], []
-    if moved.empty:
-        return [], []
-    moved = moved[~moved["reached_target"].eq(False)].dropna(subset=["srr", "gap"])
-    observed = claims.observed_slopes(results)
-    best_known = claims.narrowest(observed)
-    for layer in in_depth(moved.loc[moved["srr_reg"] != 0, "srr_layer"].unique()):
-        own, figure = moved[(moved["srr_reg"] == 0) | (moved["srr_layer"] == layer)], f"figures/intervention_{layer}.png"
-        srr, slopes = own.pivot(index=["model", "seed"], columns="srr_reg", values="srr"), claims.slopes(own)
-        table = srr.drop(columns=0.0).sub(srr[0.0], axis=0).groupby("model").agg(estimate, "+.1f").add_prefix("SRR by eta = ")
-        table["slope"] = slopes.agg(estimate, form="+.2g")
-        figures.intervention(own, table["slope"].to_dict(), best_known, results / figure)
-        caption = f"The gap against SRR where eta alone differs, --srr-layer {layer}; dashed: the slope where nobody pushed"
-        slopes["mean over types"] = slopes.mean(axis=1, skipna=False)
-        table.loc["mean over types", "slope"] = estimate(slopes["mean over types"], "+.2g")
-        for what, slope in observed.items():
-            table.loc[what, "slope"] = with_interval(*slope, "+.2g")
-        parts += [f"### --srr-layer {layer}\n", markdown(table, table.index), image(figure, caption)]
-        text = f"Beyond the paper: the gap follows SRR when the loss moves it, --srr-layer {layer}: slope"
-        found += claims.over_seeds("5", text, +1, slopes)
-    return found, section("Beyond the paper: does the gap follow SRR? (intervention)", INTERVENTION, *parts)
-
-
-def in_depth(layers):
-    """Values of --srr-layer in order: 1, 2, .. 10, .. all, last, random."""
-    return sorted(layers, key=lambda layer: (not layer.isdecimal(), layer.zfill(4)))
+        if not (results / folder / "correlation.csv").exists():
+            continue
+        table = pd.read_csv(results / folder / "correlation.csv")
+        if "gap" not in table:
+            raise InputError(f"{results / folder}/correlation.csv: no column gap; run correlate.py again")
+        captions = {"forest": "tau of all pairs and of matched ones, 95 % intervals"}
+        if what == "all models" or what in [f"d = {width}" for width in widths]:
+            number, figure = (5, 6) if one_width else (1, 4)
+            parts.append(f"**Table {number}.** {what}\n\n{rank_table(table)}")
+            captions["scatter"], one_width[what] = f"Fig. {figure}. The gap against each measure", table
+        else:
+            captions["srr"], others[what] = "SRR and the gap", table
+        if what == "one learning rate":  # there pairs of one type are also of one rate
+            others[what] = table.rename(columns=lambda name: name.replace("tau_same_model", "tau_same_model_lr"))
+        parts += [image(f"{folder}/{name}.png", f"{caption}, {what}") for name, caption in captions.items()
+                  if (results / folder / f"{name}.png").exists()]  # fmt: skip
+        parts.append(f"[All measures]({folder}/correlation.md)\n")
+    parts = ([table_4(grid)] if len(grid) else []) + ([RANKS] if parts else []) + parts
+    return claims.rank_claims(one_width, others), section("SRR as a complexity measure (Section 5)", *parts)
 
 
 def accuracies(runs, rows):
@@ -266,77 +304,115 @@ def accuracies(runs, rows):
     return table.reindex(columns=table.columns.union([0.0]))
 
 
-def accuracy_table(accuracy, gains, names, order):
-    """Tables 2 and 6: a row per (model or layer, eta). gains: differences to eta = 0, paired by seed."""
-    table = pd.DataFrame({"validation accuracy": accuracy.groupby(level=0).agg(spread).unstack()})
-    table["difference to eta = 0, 95 % interval"] = gains.groupby(level=0).agg(estimate).unstack()
-    table = table.swaplevel().rename_axis(names)
-    return markdown(table[table["validation accuracy"] != "-"], order)
+def accuracy_table(accuracy, gains, order):
+    """Tables 2 and 6: a row per model or layer. gains: differences to eta = 0, paired by seed."""
+    table = accuracy.groupby(level=0).agg(spread).add_prefix("eta = ")
+    table = table.join(gains.groupby(level=0).agg(estimate).add_prefix("difference, eta = "))
+    return markdown(table.assign(seeds=gains.groupby(level=0).size()), order)
+
+
+def in_depth(layers):
+    """Values of --srr-layer in order: 1, 2, .. 10, .. all, last, random."""
+    return sorted(layers, key=lambda layer: (not layer.isdecimal(), layer.zfill(4)))
 
 
 def regularisation_section(results, runs):
     """Section 6."""
-    found, text = [], []
-    for own, which in data_sets(runs):
-        accuracy = accuracies(own, "model")
+    decided, second, third, own = {}, [], [], runs[runs["experiment"] == "table6"]
+    for of_set, words, _ in data_sets(runs):
+        accuracy = accuracies(of_set, "model")
         plain = accuracy[0.0].unstack(0)  # a row per seed, a column per model
         gains = accuracy.drop(columns=0.0).sub(accuracy[0.0], axis=0).dropna(how="all")
-        found += claims.accuracy_claims(gains, plain, which)
+        decided[words] = claims.accuracy_claims(gains, plain)
         if len(gains):
-            table = accuracy_table(accuracy.loc[gains.index], gains, ["model", "eta"], VARIANTS)
-            text += section(f"SRR of the last layer in the loss (Section 6, Table 2{which})", ACCURACY, table)
-        table = own.groupby("model")[["parameters"]].first()
-        table["validation accuracy"] = plain.agg(spread)
-        table["difference to crate-c, 95 % interval"] = plain.sub(plain.get("crate-c", float("nan")), axis=0).agg(estimate)
-        table["compression step"] = [VARIANTS[model].description for model in table.index]
-        title = f"Output matrices (Table 3{which}), and models beyond the paper"
-        text += section(title, ACCURACY, markdown(table, VARIANTS))
-    own = runs[runs["experiment"] == "table6"]
+            table = accuracy_table(accuracy.loc[gains.index], gains, in_order(gains.index.get_level_values(0)))
+            second.append(f"**Table 2.** SRR of the last layer in the loss, {about(of_set)}\n\n{table}")
+        table = of_set.groupby("model")[["parameters"]].first()
+        table.insert(0, "output matrix", [VARIANTS[model].output if model in VARIANTS else "" for model in table.index])
+        table = table.assign(**{"validation accuracy": plain.agg(spread), "seeds": plain.count()})
+        third.append(f"**Table 3.** Output matrices, {about(of_set)}\n\n{markdown(table, in_order(table.index))}")
+    found, parts = claims.over_sets(decided), [*second, *third]
     if len(own):
         plain = runs.query("experiment == 'table2' and srr_reg == 0 and model == 'crate-c'").set_index("seed")["val_accuracy"]
         accuracy = accuracies(own, "srr_layer").drop(columns=0.0)
         order, gains = in_depth(accuracy.index.unique(0)), accuracy.sub(100 * plain, axis=0, level="seed")
-        table = accuracy_table(accuracy, gains, ["layer", "eta"], order)
-        text += section("Which layer's SRR (Section 6, Table 6)", ACCURACY, table)
+        parts.append(f"**Table 6.** The SRR of other layers, {about(own)}\n\n{accuracy_table(accuracy, gains, order)}")
         for _, values in accuracy.items():
             found += claims.layer_choice_claims(values.unstack(0)[order])
-    return found, text
+    return found, section("SRR in the loss (Section 6)", *[ACCURACY] * bool(parts), *parts)
+
+
+def intervention_section(results, runs):
+    """The runs in which eta moves SRR, beside the models that nobody pushed."""
+    moved = runs[runs["experiment"] == "intervention"]
+    if moved.empty:
+        return [], []
+    moved = moved[~moved["reached_target"].eq(False)].dropna(subset=["srr", "gap"])
+    observed = claims.observed_slopes(results)
+    words = "; ".join(f"{with_interval(*slope, '+.2g')} ({what})" for what, slope in observed.items())
+    found, parts = [], [INTERVENTION + f"Slope where nobody pushed, in nats per nat: {words or '-'}; the surest is dashed.\n"]
+    for layer in in_depth(moved.loc[moved["srr_reg"] != 0, "srr_layer"].unique()):
+        own, figure = moved[(moved["srr_reg"] == 0) | (moved["srr_layer"] == layer)], f"figures/intervention_{layer}.png"
+        slopes = claims.slopes(own)
+        in_title = slopes.agg(estimate, form="+.2g").to_dict()
+        figures.intervention(own, in_title, claims.narrowest(observed), results / figure)
+        parts.append(image(figure, f"The gap against SRR where eta alone differs, {about(own)}, --srr-layer {layer}"))
+        slopes["mean over types"] = slopes.mean(axis=1, skipna=False)
+        text = f"{claims.BEYOND}the gap follows SRR when the loss moves it, --srr-layer {layer}: slope"
+        found += claims.over_seeds("5", text, +1, slopes)
+    return found, section("Beyond the paper: does the gap follow SRR? (intervention)", *parts)
+
+
+def claims_section(runs, found):
+    """The claims and their verdicts, and who is in none."""
+    others = in_order(runs.loc[~runs["model"].isin(claims.TYPES), "model"])
+    text = f"In tables and figures, but in no claim: {', '.join(others)}.\n" if others else ""
+    parts = [claims.RULE.format(chance=0.05 * len(found), rows=len(found)) + text]
+    for heading, rows in claims.in_order(found).items():
+        lines = [
+            [f"**{row['verdict']}**", f"{row['claim'].removeprefix(claims.BEYOND)} ({row['section']})",
+             f"{row['numbers']} ({row['n']})"] for row in rows
+        ]  # fmt: skip
+        parts += [f"**{heading}.**\n", markdown_table(["verdict", "claim (section)", "numbers"], lines)]
+    return section("The claims on these runs", *parts)
+
+
+def provenance(runs):
+    """What made the runs of each experiment."""
+    made = (runs["torch"] + ", " + runs["device"] + ", " + runs["processor"]).unique()
+    text = (
+        "Settings, command and result of each run: [runs.csv](runs.csv); SRR on validation images, too: layers.csv. Made with "
+    )
+    text += f"torch {'; '.join(made)}.\n"
+    rows = []
+    for keys, own in runs.groupby(["experiment", "dataset"], sort=False):
+        made = own["commit"].fillna("unknown").str.replace(r"^(\w{10})\w*", r"\1", regex=True)
+        made = made + " / " + own["code"].fillna("unknown") if "code" in own else made
+        rows.append([*keys, len(own), f"{own['seconds'].sum() / 3600:.2f}", ", ".join(made.unique())])
+    table = markdown_table(["experiment", "--dataset", "runs", "hours", "commit / checksum of the code"], rows)
+    return section("Where the numbers come from", text, table)
 
 
 def write_report(results):
     """REPORT.md, claims.csv and figures/, from the tables in `results`. Raises InputError where there are none."""
-    runs = pd.DataFrame(columns=["experiment", "dataset", "model", "seed", "srr_reg", "srr_layer"])
-    if (results / "runs.csv").exists():
-        runs = pd.read_csv(results / "runs.csv", dtype={"srr_layer": str, "commit": str})
-    compared = runs[runs["experiment"].astype(str).str.startswith(("table", "intervention"))]
-    twice = compared[compared.duplicated(["experiment", "model", "seed", "srr_reg", "srr_layer"], keep=False)]
-    if len(twice):
-        names = f"{twice['experiment'].iloc[0]}: {', '.join(twice['run'][:2])}"
-        raise InputError(f"{names}: same model, seed, srr_reg and srr_layer; move one to another experiment")
-    found, text = [], []
-    for part in attention_section, layers_section, complexity_section, intervention_section, regularisation_section:
+    runs, found, text = read_runs(results), [], []
+    sections = [attention_section, layers_section, complexity_section, regularisation_section, intervention_section]
+    for part in (*sections, single_section):
         rows, of_part = part(results, runs)
         found, text = found + rows, text + of_part
     if not text:
         raise InputError(f"--results {results}: no table there to report; name RUNS, or run the earlier stages")
     table = pd.DataFrame(found, columns=["section", "claim", "claimed", "numbers", "n", "verdict"])
     write_text(results / "claims.csv", table.to_csv(index=False))
-    table["verdict"] = "**" + table["verdict"] + "**"
-    text = section("The claims on these runs", claims.RULE, markdown_table(table.columns, table.itertuples(index=False))) + text
-    if len(runs):
-        runs["command"], runs["commit"] = "`" + runs["command"] + "`", runs["commit"].fillna("unknown").str[:10]
-        columns = ["experiment", "dataset", "command", "commit", "torch", "device", "processor"]
-        table = runs.groupby(columns, sort=False)["seconds"].agg(["count", "sum"]).round().astype(int)
-        table = table.set_axis(["runs", "seconds, summed"], axis=1).reset_index()
-        text += section("Where the numbers come from", markdown_table(table.columns, table.itertuples(index=False)))
-    title = "# Report: " + (", ".join(Path(name).name for name in runs["dataset"].unique()) or "no runs")
-    write_text(results / "REPORT.md", "\n".join([title + "\n", *text]))
+    title = "# Report: " + (", ".join(runs["data_set"].unique()) or "no runs") + "\n"
+    before, behind = claims_section(runs, found) if found else [], provenance(runs) if len(runs) else []
+    write_text(results / "REPORT.md", "\n".join([title, *before, *text, *behind]))
 
 
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("runs", nargs="?", type=path, metavar="RUNS", help="the folder above the experiments, such as runs/laptop")
+    add("runs", nargs="?", type=path, metavar="RUNS", help="the folder above the experiments, such as runs/laptop, or of runs")
     add("--results", type=path, metavar="FOLDER", help="of the tables and the report (default: RUNS/results)")
     add("--page", type=path, metavar="FOLDER", help="results/: write the numbers and figures of its README.md instead")
     arguments = parser.parse_args()

@@ -56,7 +56,7 @@ def test_script(script, tmp_path):
     expected = [row["after"] for row in rates_along("softmax", 4, **TINY | {"depth": 9})]
     assert softmax.query("seed == 4")["after"].to_list() == expected
     first = softmax.query("layer == 1")["after_equal_norm"]
-    assert f"| {first.mean():.2f} ± {first.std():.2f} (n = 2) |" in printed and printed.count("| - |") == 1
+    assert f"| {first.mean():.2f} ± {first.std():.2f} |" in printed and "(2 seeds)" in printed and printed.count("| - |") == 1
     assert rates.query("overflow")["after"].isna().all() and rates["overflow"].any()
     assert script("crate.report", "--results", tmp_path / "results")[0] == 0  # without any run
     text = (tmp_path / "results" / "REPORT.md").read_text()

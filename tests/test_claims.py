@@ -22,7 +22,7 @@ def test_verdict(side):
         ([(0.2, math.nan, math.nan)], "undecided"),  # an interval without width decides nothing
         ([above, across, below], "holds in 1 of 3, contradicted in 1 of 3"),
     ]:
-        (row,) = claims.claim("6", "", side, dict(enumerate(numbers)), "3 seeds")
+        (row,) = claims.claim("6", "", side, dict(zip("abc", numbers)), "3 seeds")
         assert row["verdict"] == expected
     assert claims.claim("6", "", side, {}, "") == []
 
@@ -57,8 +57,30 @@ def test_intervals_of_a_row_hold_together():
     assert f"[{low:+.3g}, {high:+.3g}]" in row["numbers"] and row["n"] == "6 seeds"
 
 
+def test_a_claim_about_two_sets_of_runs_is_one_row():
+    x = pd.DataFrame(np.random.default_rng(0).normal(size=(6, 4)) + 3, columns=list("abcd"))
+    sets = {"d = 48": [("6", "", +1, x[["a"]], 3, None)], "d = 96": [("6", "", +1, x[["b", "c"]], None, None)]}
+    (row,) = claims.over_sets(sets)
+    shares = {name: stats.ttest_1samp(x[name], 0).confidence_interval(1 - 0.05 / 5) for name in "abc"}  # 3 + 2 numbers
+    a, b, c = (f"{name} {x[name].mean():+.3g} [{low:+.3g}, {high:+.3g}]" for name, (low, high) in shares.items())
+    assert row["numbers"] == f"d = 48: {a}; d = 96: {b}; {c}" and row["verdict"] == "holds"
+
+
+def test_disagreements_come_first_and_verdicts_are_counted():
+    verdicts = ["holds", "undecided", "holds in 1 of 2, contradicted in 1 of 2", "contradicted", "holds in 1 of 3"]
+    verdicts += ["no effect (within 0.5 points)", "contradicted in 2 of 3", "holds"]
+    rows = [{"claim": claim, "verdict": verdict} for verdict in verdicts for claim in ("a", f"{claims.BEYOND}b")]
+    (first, ours), (second, others) = claims.in_order(rows).items()
+    assert [row["verdict"] for row in ours] == [verdicts[i] for i in (3, 2, 6, 5, 1, 4, 0, 7)]
+    assert first == (
+        "The paper's 8 claims: contradicted 1, contradicted in part 2, no effect 1, undecided 1, holds in part 1, holds 2"
+    )
+    assert len(others) == 8 and second.startswith("Beyond the paper, 8 claims: ")
+
+
 def find(rows, *words):
     """The verdict and the numbers of the only row whose claim has these words."""
+    rows = claims.over_sets({"": rows}) if isinstance(rows[0], tuple) else rows
     (row,) = [row for row in rows if all(word in row["claim"] for word in words)]
     return row["verdict"], row["numbers"]
 
@@ -68,9 +90,10 @@ def test_layers_at_initialisation():
         (seed, layer, value + seed * (layer == 3) / 10)
         for seed in range(3) for values in ([9, 7, 5, 8], [11, 9, 4, 10]) for layer, value in enumerate(values, 1)
     ]  # fmt: skip
-    result = claims.initial_claims(pd.DataFrame(rows, columns=["seed", "layer", "srr"]), "")  # two model types
-    (falls, fall), (rises, rise) = find(result, "first three quarters"), find(result, "last quarter", "lowest at layer 3.0")
-    assert falls == rises == "holds" and fall.startswith("-5.4 [") and rise.startswith("+4.4 [")
+    result = claims.initial_claims(pd.DataFrame(rows, columns=["seed", "layer", "srr"]), "d = 12")  # two model types
+    (falls, fall), (rises, rise) = find(result, "first three quarters"), find(result, "last quarter")
+    assert falls == rises == "holds" and fall.startswith("d = 12 -5.4 [")
+    assert rise.startswith("d = 12 (lowest at layer 3.0) +4.4 [")
 
 
 def test_training_raises_srr_is_decided_by_the_worst_step():
@@ -79,13 +102,15 @@ def test_training_raises_srr_is_decided_by_the_worst_step():
     layers = layers.to_frame(index=False)
     layers["srr"] = 3 * layers["epoch"] + generator.normal(size=108)  # here and there a single seed's step falls
     rising = layers.assign(model="crate-t")
-    assert claims.course_claims(rising, "")[0]["verdict"] == "holds"
+    assert find(claims.course_claims(rising))[0] == "holds"
     falls = rising.eval("layer == 2 and epoch == 2")
     falling = rising.assign(srr=rising["srr"] - 15 * falls)
     steps = falling[falls]["srr"].to_numpy() - falling.query("layer == 2 and epoch == 1")["srr"].to_numpy()
-    verdict, numbers = find(claims.course_claims(falling, ""), "of crate-t's")
+    verdict, numbers = find(claims.course_claims(falling))
     low, _ = stats.ttest_1samp(steps, 0).confidence_interval(1 - 0.05 / 6)  # of 3 layers x 2 steps
-    assert verdict == "contradicted" and numbers.startswith(f"crate-t {steps.mean():+.3g} [{low:+.3g}")
+    assert verdict == "contradicted" and f") {steps.mean():+.3g} [{low:+.3g}" in numbers
+    rise = (np.diff(falling.sort_values("epoch").groupby(["seed", "layer"])["srr"].agg(list).to_list()) > 0).mean()
+    assert numbers.startswith(f"crate-t ({rise:.0%} rise)")
 
 
 def test_correlation_claims():
@@ -94,12 +119,12 @@ def test_correlation_claims():
     for name in ("tau", "tau_same_model"):
         table = table.assign(**{f"{name}_low": table[name] - 0.1, f"{name}_high": table[name] + 0.1})
     accuracy = table.iloc[:1].assign(gap="gap_accuracy", tau=-0.5, tau_low=-0.6, tau_high=-0.4)
-    result = claims.rank_claims({"d = 48": pd.concat([table, accuracy])}, {}, {})
-    beside = " (same type -0.2 [-0.3, -0.1])"
-    assert find(result, "SRR correlates with the gap: tau") == ("holds", "d = 48 +0.4 [+0.3, +0.5]" + beside)
-    assert find(result, "gap in accuracy") == ("contradicted", "d = 48 -0.5 [-0.6, -0.4]" + beside)
+    result = claims.rank_claims({"d = 48": pd.concat([table, accuracy])}, {})
+    assert find(result, "SRR correlates with the gap: tau") == ("holds", "d = 48 +0.4 [+0.3, +0.5]")
+    assert find(result, "gap in accuracy") == ("contradicted", "d = 48 -0.5 [-0.6, -0.4]")
     assert find(result, "models of one type: tau") == ("contradicted", "d = 48 -0.2 [-0.3, -0.1]")
     assert find(result, "Norms")[0] == "holds in 1 of 3, contradicted in 1 of 3"
+    assert find(result, "Norms")[1].startswith("d = 48: path_norm -0.05 [-0.15, +0.05]; log_prod_of_fro -0.11")
     assert find(result, "1/margin")[0] == "contradicted"
     assert not any("random settings" in row["claim"] or "highest" in row["claim"] for row in result)  # not measured
 
@@ -129,7 +154,7 @@ def test_observed_slope_is_that_of_a_regression_with_a_constant_for_each_type():
 
 def test_claims_about_accuracies():
     plain = {"crate-c": [90, 91, 92], "crate-n": [89, 90.2, 91.1], "crate-t": [95, 95.5, 96], "crate": [96, 97, math.nan]}
-    result = claims.accuracy_claims(pd.DataFrame(), pd.DataFrame(plain), "")  # a row per seed
+    result = claims.accuracy_claims(pd.DataFrame(), pd.DataFrame(plain))  # a row per seed
     assert find(result, "N beats")[0] == "contradicted" and find(result, "falls behind")[1].startswith("-5.4 [")
     assert find(result, "nearer")[1].startswith("+3.5 [")  # without the seed that crate lacks
     assert find(result, "transpose")[1].startswith("to C +4.5 [")

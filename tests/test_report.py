@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from crate import page, ranks
+from crate import figures, page, ranks
+from crate.model import VARIANTS, Variant
 from crate.runs import read_log, read_run
 from tests.conftest import assert_refused, run_script
 from tests.processes import SMALL
@@ -57,19 +58,67 @@ def test_what_the_report_says(reported):
     runs, _ = reported
     text = (runs / "results/REPORT.md").read_text()
 
-    def cells(heading):
-        lines = [line for line in text.split(f"## {heading}")[1].split("\n## ")[0].splitlines() if line.startswith("|")]
+    def cells(begin):
+        lines = text.split(begin)[1].split("\n\n")[1].splitlines()
         return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
 
     found = [read_run(path.parent) for path in runs.glob("table2/crate-c*/result.json")]
     points = {(config["srr_reg"], config["seed"]): 100 * result["val_accuracy"] for config, result in found}
     plain, other = (np.array([points[eta, seed] for seed in range(3)]) for eta in (0.0, 0.1))
-    first, second, *_ = cells("SRR of the last layer in the loss (Section 6, Table 2)")
-    assert first == ["crate-c", "0.0", f"{plain.mean():.2f} ± {plain.std(ddof=1):.2f} (n = 3)", ""]
+    first, *_ = cells("**Table 2.** SRR of the last layer in the loss, digits, d = 12")
+    assert first[:3] == ["crate-c", *(f"{x.mean():.2f} ± {x.std(ddof=1):.2f}" for x in (plain, other))]
     low, high = stats.ttest_1samp(other - plain, 0).confidence_interval()
-    assert second[3] == f"{(other - plain).mean():+.2f} [{low:+.2f}, {high:+.2f}]"
-    assert [line[0] for line in cells("Which layer's SRR")] == ["1", "2", "random"]
-    assert any("d = 12, L = 2 " in line[3] for line in cells("The claims"))  # of the smaller width
+    assert first[3:] == [f"{(other - plain).mean():+.2f} [{low:+.2f}, {high:+.2f}]", "3"]
+    assert [line[0] for line in cells("**Table 6.**")] == ["1", "2", "random"]
+    assert "d = 12 (lowest at layer" in text and "d = 24 (" not in text  # a claim about the smaller width
+
+
+def test_single_runs(script, tmp_path):
+    """A folder of them, one of them, and the folder above: a row each, and its layers drawn."""
+    folder = tmp_path / "single"
+    assert script("train", *SMALL, "--epochs", 2, "--srr-reg", 0, 0.1, "--out", folder)[0] == 0
+    names = sorted(path.parent.name for path in folder.glob("*/result.json"))
+    for runs, shown in (folder, names), (folder / names[1], names[1:]), (tmp_path, names):
+        assert script("crate.report", runs, "--results", tmp_path / "results")[0] == 0
+        text = (tmp_path / "results/REPORT.md").read_text()
+        for name in shown:
+            config, result = read_run(folder / name)
+            srr = np.mean([parts["srr"] for parts in read_log(folder / name)[-1]["srr"]])
+            row = f"| {name} | 2 | {100 * result['val_accuracy']:.2f} | {result['gap']:.3g} | {srr:.3g} |"
+            assert row in text and text.count(name) == 1
+        assert f"{len(shown)} of {len(shown)} runs" in text and "(figures/runs_single.png)" in text
+        assert set(pd.read_csv(tmp_path / "results/layers.csv")["run"]) == set(shown)
+
+
+def test_an_invented_type_is_everywhere(script, monkeypatch, tmp_path):
+    """A new row of VARIANTS, trained, measured, ranked and reported like the others; claims say that it is in none of them."""
+    monkeypatch.setitem(VARIANTS, "crate-half", Variant(+0.5, "U", "U", "ISTA", "Z + MSSA(Z; U) / 2"))
+    drawn, by_layer = [], figures.by_layer
+    monkeypatch.setattr(figures, "by_layer", lambda rows, *rest, **more: (drawn.append(rows), by_layer(rows, *rest, **more)))
+    runs, results, two = tmp_path / "runs", tmp_path / "digits", ("--model", "crate-half", "crate-c", "--epochs", 2)
+    for name, *flags in (
+        ("table2", "--srr-reg", 0, 0.1, "--seed", 0, 1),
+        ("grid", "--lr", 1e-3, 3e-3, "--dropout", 0, 0.1, "--stop-at-loss", 10),
+        ("intervention", "--srr-reg", 0, 0.1, "--srr-layer", "all", "--seed", 0, 1),
+    ):
+        assert script("train", *SMALL, *two, *flags, "--out", runs / name)[0] == 0
+    assert script("measure", runs / "grid", "--out", results / "measures.csv", "--groups", "norms", "srr")[0] == 0
+    ranked = ("--hyperparameters", "model", "lr", "dropout", "--resamples", 20, "--out", results / "correlation")
+    assert script("correlate", results / "measures.csv", *ranked)[0] == 0
+    assert script("crate.report", runs, "--results", results)[0] == 0
+    text = (results / "REPORT.md").read_text()
+    assert "In tables and figures, but in no claim: crate-half.\n" in text and "output matrix" in text
+    assert (
+        text.count("| crate-half |") == 3 and "; crate-half +" in text
+    )  # operators, Tables 2 and 3; the intervention's slopes
+    assert ["crate-half" in set(rows["model"]) for rows in drawn] == [True, True]  # Fig. 2 and its parts
+    table, measures = (pd.read_csv(results / f"{name}.csv") for name in ("correlation/correlation", "measures"))
+    assert set(table["models"]) == {8} and (measures.groupby("model").size() == 4).all()
+    (results / "datasets.json").write_text('{"digits": "my photographs"}')  # what runs are of can be said better
+    monkeypatch.delitem(VARIANTS, "crate-half")  # and a report is rebuilt where nobody knows the type
+    assert script("crate.report", "--results", results)[0] == 0
+    renamed = (results / "REPORT.md").read_text()
+    assert renamed.startswith("# Report: my photographs\n") and renamed.count("crate-half") == text.count("crate-half")
 
 
 def test_the_results_page(script, tmp_path):

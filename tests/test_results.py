@@ -21,6 +21,7 @@ def test_report_is_rebuilt_from_its_tables(script, tmp_path, folder):
         pytest.skip(f"{folder} differs from what was published")
     results = shutil.copytree(folder, tmp_path / folder.name)
     text = (results / "REPORT.md").read_text()
+    assert len(text.split()) <= 3000 and len(pd.read_csv(folder / "claims.csv")) <= 30
     for target in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert 3000 < (folder / target).stat().st_size <= 200_000, target
     assert "Where the numbers come from" in text and not list(folder.rglob("*.pt"))
