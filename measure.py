@@ -95,7 +95,8 @@ def describe(name, new, began):
 def measure_all(job, jobs, todo, arguments, device, gpus):
     """Measure every `jobs`-th of the runs `todo`, (folder, name); job k on GPU k. Returns the exit code."""
     code, device = 0, resolve_device(f"cuda:{job % gpus}") if gpus else device
-    for folder, name in tqdm(todo[job::jobs], desc="models", unit="model", leave=False, disable=job > 0 or len(todo) < 2):
+    hidden = job > 0 or len(todo) < 2 or None  # None: off a terminal
+    for folder, name in tqdm(todo[job::jobs], desc="models", unit="model", leave=False, disable=hidden):
         try:
             measure_run(folder, name, arguments, device)
         except (ValueError, KeyError, RuntimeError, OSError) as error:

@@ -21,16 +21,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from crate import runs
 from crate.cli import InputError, Parser, in_processes, number, one_line, path, run
 from crate.data import DATASETS, dataset
 from crate.model import VARIANTS
-from crate.runs import AXES, DEFAULTS, PRESETS, Busy, find_runs, folders, resolve, resolve_device, say_other_code, status
 from crate.training import ranks, train
 
 
 def parse_arguments():
     parser = Parser(__doc__)
-    rows = [f"  {name:8}" + ", ".join(f"{key} {value}" for key, value in PRESETS[name].items()) for name in PRESETS]
+    rows = [f"  {name:8}" + ", ".join(f"{key} {value}" for key, value in runs.PRESETS[name].items()) for name in runs.PRESETS]
     models = [f"  {name:16}{variant.description}" for name, variant in VARIANTS.items()]
     parser.epilog = "\n".join(["models:", *models, "", "presets, which change these defaults:", *rows])
     count, positive, not_negative, above_0 = number(int, 0), number(int, 1, 10**18), number(float, 0), number(float, above=0)
@@ -41,14 +41,14 @@ def parse_arguments():
 
     def add(group, flag, help="", **options):
         key = flag.removeprefix("--").replace("-", "_")
-        if key in AXES:
+        if key in runs.AXES:
             options |= {"nargs": "+", "metavar": options.get("metavar", "VALUE")}
             help += ", one or more"
-        if key in DEFAULTS:
-            help += f" (default: {'none' if DEFAULTS[key] is None else DEFAULTS[key]})"
+        if key in runs.DEFAULTS:
+            help += f" (default: {'none' if runs.DEFAULTS[key] is None else runs.DEFAULTS[key]})"
         group.add_argument(flag, help=help.lstrip(" ,"), **options)
 
-    model, training, srr, runs = map(parser.add_argument_group, ("data and model", "training", "SRR", "runs"))
+    model, training, srr, command = map(parser.add_argument_group, ("data and model", "training", "SRR", "runs"))
     folder = "or a folder of images: FOLDER/train/CLASS/*, FOLDER/test/CLASS/*"
     add(model, "--dataset", f"{', '.join(DATASETS)}, {folder}", type=dataset, metavar="D")
     add(model, "--data-dir", "where data sets are, or are downloaded to (default: data)", type=path, default=Path("data"))
@@ -85,59 +85,62 @@ def parse_arguments():
     add(srr, "--srr-gamma", gamma, type=above_0)
     add(srr, "--log-srr-every", "log layer-wise SRR of 512 images; 0: never", type=count, metavar="EPOCHS")
 
-    presets = ("auto", *PRESETS)
-    add(runs, "--preset", "auto: paper where the device is a GPU, else laptop (default: auto)", choices=presets, default="auto")
-    add(runs, "--out", "folder of the run folders (default: runs/PRESET/single)", type=path)
+    presets = ("auto", *runs.PRESETS)
+    add(command, "--preset", "auto: paper on a GPU, else laptop (default: auto)", choices=presets, default="auto")
+    add(command, "--out", "folder of the run folders (default: runs/PRESET/single)", type=path)
     again = "train anew what other code than this, or other images, made"
-    add(runs, "--again", again, action="store_true")
+    add(command, "--again", again, action="store_true")
     draw = "N random settings for each model, each with all seeds: lr, dropout, weight decay between the values given"
-    add(runs, "--draw", draw, type=positive, metavar="N")
-    add(runs, "--jobs", "processes that share the work (default: 1)", type=positive, default=1)
-    add(runs, "--device", "cpu, cuda, cuda:1 ... (default: cuda where present)", default="auto")
+    add(command, "--draw", draw, type=positive, metavar="N")
+    add(command, "--jobs", "processes that share the work (default: 1)", type=positive, default=1)
+    add(command, "--device", "cpu, cuda, cuda:1 ... (default: cuda where present)", default="auto")
     amp = ("auto", "off", "bf16", "fp16")
-    add(runs, "--amp", "auto: bf16 on CUDA, off on CPU (default: auto)", choices=amp)
-    add(runs, "--no-graph", "on CUDA, launch each kernel of a step, not one CUDA graph", action="store_false", dest="graph")
+    add(command, "--amp", "auto: bf16 on CUDA, off on CPU (default: auto)", choices=amp)
+    add(command, "--no-graph", "on CUDA, launch each kernel of a step, not one CUDA graph", action="store_false", dest="graph")
     saving = "save after an epoch if the last time is so long ago (default: 60 on CUDA, 10 on a CPU)"
-    add(runs, "--save-every", saving, type=not_negative, metavar="SECONDS")
-    add(runs, "--status", "print the state of every run in FOLDER, and train nothing", type=path, metavar="FOLDER")
+    add(command, "--save-every", saving, type=not_negative, metavar="SECONDS")
+    add(command, "--status", "print the state of every run in FOLDER, and train nothing", type=path, metavar="FOLDER")
     return parser.parse_args()
 
 
 def print_status(folder):
-    runs = [(str(path.relative_to(folder.resolve())), *status(path)) for path in find_runs([folder])]
-    width = max(len(name) for name, _, _ in runs)
-    for name, word, remark in runs:
+    found = [(str(path.relative_to(folder.resolve())), *runs.status(path)) for path in runs.find_runs([folder])]
+    width = max(len(name) for name, _, _ in found)
+    for name, word, remark in found:
         print(f"{name:{width}}  {word:10}  {remark}")
-    counts = Counter(word for _, word, _ in runs)
-    print(f"{len(runs)} runs: " + ", ".join(f"{n} {word}" for word, n in sorted(counts.items())))
+    counts = Counter(word for _, word, _ in found)
+    print(f"{len(found)} runs: " + ", ".join(f"{n} {word}" for word, n in sorted(counts.items())))
 
 
-def describe(name, config, result):
-    """The line that a finished run ends with."""
+def describe(folder, config, result, choice):
+    """The line that a finished run ends with. choice: of whose SRR it says how it changed, as in --srr-layer."""
     line = "{epochs} epochs, train loss {train_loss:.4f}, val loss {val_loss:.4f}, val accuracy {val_accuracy:.2%}"
-    line = f"{name}: {line}, {{seconds:.0f}} s".format(**result)
-    if result["train_srr"]:
-        first, last = result["train_srr"]
-        line += f"; SRR in the loss (layer {config['srr_layer']}): {first:.1f} in the first epoch, {last:.1f} in the last"
+    line = f"{folder.name}: {line}, {{seconds:.0f}} s".format(**result)
+    (layers,), log = runs.srr_layers(choice if choice != "random" else "all", config["depth"], 1), runs.read_log(folder)
+    if all(row.get("srr") for row in (log[0], log[-1])):
+        start, end = (sum(row["srr"][l]["srr"] for l in layers) / len(layers) for row in (log[0], log[-1]))
+        whose = f"layer {layers[0] + 1}" if len(layers) == 1 else "all layers, mean"
+        line += f"; SRR of training images ({whose}): {start:.1f} at the start, {end:.1f} at the end"
     return line
 
 
 def train_all(job, configs, out, again, show_progress, gpus):
     """Train the runs that nobody else works on, the largest first; job k on GPU k. Returns the exit code."""
     code, rank = 0, ranks()[0]
-    device = resolve_device(f"cuda:{job % gpus}") if gpus else None
+    choice = next((config["srr_layer"] for config in configs.values() if config["srr_reg"]), "last")
+    device = runs.resolve_device(f"cuda:{job % gpus}") if gpus else None
     names = sorted(configs, key=lambda name: -configs[name]["parameters"] / configs[name]["batch_size"])
-    for name in tqdm(names, desc="runs", unit="run", disable=job > 0 or rank > 0 or len(names) == 1):
+    for name in tqdm(names, desc="runs", unit="run", disable=job > 0 or rank > 0 or len(names) == 1 or None):
         finished = (out / name / "result.json").exists()
         config = configs[name] | ({"device": str(device)} if gpus else {})
         try:
             result = train(config, out / name, show_progress and rank == 0, again)
             if rank == 0 and (not finished or len(names) == 1):
-                tqdm.write(describe(name, config, result))
+                tqdm.write(describe(out / name, config, result, config["srr_layer"] if config["srr_reg"] else choice))
         except (ValueError, RuntimeError, OSError) as error:
             if dist.is_initialized():  # the other ranks would wait for this one
                 raise InputError(one_line(error, out / name))
-            if not isinstance(error, Busy):
+            if not isinstance(error, runs.Busy):
                 code = 2
                 tqdm.write(f"train.py: error: {one_line(error, out / name)}", file=sys.stderr)
             elif len(names) == 1:
@@ -156,26 +159,26 @@ def main():
         if device == "auto" and torch.cuda.is_available():
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    device, preset, amp, (rank, world) = resolve_device(device), arguments["preset"], arguments["amp"] or "auto", ranks()
+    device, preset, amp, (rank, world) = runs.resolve_device(device), arguments["preset"], arguments["amp"] or "auto", ranks()
     if preset == "auto":
         preset = "paper" if device.type == "cuda" else "laptop"
     if amp == "auto":
         amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
     if arguments["save_every"] is None:
         arguments["save_every"] = 60.0 if device.type == "cuda" else 10.0
-    flags = {key: value for key, value in arguments.items() if key in DEFAULTS and value is not None}
+    flags = {key: value for key, value in arguments.items() if key in runs.DEFAULTS and value is not None}
     others = {key: arguments[key] for key in ("data_dir", "draw", "graph", "save_every")}
-    configs = resolve(flags, preset=preset, device=device, amp=amp, processes=world, **others)
+    configs = runs.resolve(flags, preset=preset, device=device, amp=amp, processes=world, **others)
     out = arguments["out"] or Path("runs") / preset / "single"
-    configs, again = folders(configs, out, arguments["again"]), arguments["again"]
+    configs, again = runs.folders(configs, out, arguments["again"]), arguments["again"]
     if rank == 0:
         dataset, done = next(iter(configs.values()))["dataset"], sum((out / name / "result.json").exists() for name in configs)
-        runs = f"{len(configs)} runs" if len(configs) > 1 else "1 run"
-        print(f"preset {preset}: {dataset}, on {device}; {runs} in {out}, {done} finished", flush=True)
+        counted = f"{len(configs)} runs" if len(configs) > 1 else "1 run"
+        print(f"preset {preset}: {dataset}, on {device}; {counted} in {out}, {done} finished", flush=True)
         begun = {name: out / name / "config.json" for name in configs if (out / name / "log.jsonl").exists()}
-        say_other_code("made", begun, "trained anew now" if again else "--again trains them anew")
+        runs.say_other_code("made", begun, "trained anew now" if again else "--again trains them anew")
     gpus = torch.cuda.device_count() if device == torch.device("cuda") else 0
-    code = in_processes(jobs, train_all, configs, out, again, jobs == 1 and sys.stderr.isatty(), gpus)
+    code = in_processes(jobs, train_all, configs, out, again, jobs == 1, gpus)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

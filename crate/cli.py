@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from functools import partial
+import threading
 from pathlib import Path
 
 
@@ -36,15 +36,19 @@ def one_line(error, path=""):
 def run(main):
     """Call `main()` and exit with the code that it returns.
 
-    InputError, failed file operations and lack of memory become one line on stderr and code 2, SIGINT and SIGTERM a line and
-    code 130 or 143.
+    InputError, failed file operations and lack of memory become one line on stderr and code 2; a signal that asks to end, from
+    a keyboard, a terminal that closes (but for nohup) or a cluster, a line and code 128 + its number.
     """
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]  # a shell script's jobs start without SIGINT
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
 
     def stop(number, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would come in the middle of the clean-up
+        for name in signals:  # a second one would come in the middle of the clean-up
+            signal.signal(name, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
-    for name in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell script's background jobs start with it ignored
+    for name in signals:
         signal.signal(name, stop)
     code, message = 0, None
     try:
@@ -83,24 +87,36 @@ def path(text):
         raise argparse.ArgumentTypeError(f"{text}: there is no such user")
 
 
-def in_processes(jobs, work, *arguments):
-    """work(job, *arguments) in `jobs` processes, this one being job 0: the largest exit code. The others end with this one.
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    Each takes its share of the CPU's threads, or as many as OMP_NUM_THREADS says.
+
+def in_processes(jobs, work, *arguments):
+    """work(job, *arguments) in `jobs` processes, this one being job 0: the largest exit code. The others end with this one,
+    however it ends. Each takes its share of the cores as threads at most, whatever OMP_NUM_THREADS says.
     """
     import torch  # takes two seconds, which correlate.py doesn't need
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # the others inherit it
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() // jobs)))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # the others inherit it
     context = multiprocessing.get_context("spawn")
-    others = [context.Process(target=run, args=[partial(work, job, *arguments)], daemon=True) for job in range(1, jobs)]
+    others = [context.Process(target=_other, args=(work, job, *arguments), daemon=True) for job in range(1, jobs)]
     for process in others:
         process.start()
     code = work(0, *arguments)
     for process in others:
         process.join()
     return max(code, *(abs(process.exitcode) for process in others), 0)
+
+
+def _other(work, *arguments):
+    def end_with_the_first():
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end_with_the_first, daemon=True).start()
+    run(lambda: work(*arguments))
 
 
 def write_bytes(path, content):

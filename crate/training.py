@@ -29,6 +29,7 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SRR_IMAGES = 512  # layer-wise SRR is logged on the first so many training and validation images
 # Below a loss of x the stopping criterion is checked n times an epoch (Dziugaite et al. 2020): fast runs don't overshoot.
 CHECKS_PER_EPOCH = ((0.015, 8), (0.025, 4), (0.05, 2))
+SAY_EVERY = 10  # seconds between two lines of a run whose progress nobody sees as a bar
 CURE = "try a smaller --lr or --amp off"
 
 
@@ -75,6 +76,7 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
     (rank, world), size, target = ranks(), config["batch_size"], config["stop_at_loss"]
     steps, augment = math.ceil(len(data.train_labels) / size), config["augment"] == "basic"
     step, saved_at = step_of(config, model, optimizer, scaler), time.monotonic()
+    said_at = saved_at
     while not finished(state, config):
         began, results = time.perf_counter(), []
         state["epoch"] += 1
@@ -97,6 +99,9 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
         row = {"epoch": state["epoch"], "step": state["step"], "lr": rate} | means(results, config, data, state)
         log(row, config, folder, data, model, state, began)
         bar.set_postfix(loss=f"{row['train_loss']:.4f}")
+        if rank == 0 and not sys.stderr.isatty() and time.monotonic() >= said_at + SAY_EVERY:
+            epochs, said_at = f"epoch {state['epoch']} of {config['epochs']}", time.monotonic()
+            print(f"{folder.name}: {epochs}, train loss {row['train_loss']:.4f}", file=sys.stderr, flush=True)
         if rank == 0 and (finished(state, config) or time.monotonic() >= saved_at + config["save_every"]):
             parts = {"model": model} if finished(state, config) else {"model": model, "optimizer": optimizer, "scaler": scaler}
             parts = {name: part.state_dict() for name, part in parts.items()}
@@ -242,11 +247,9 @@ def evaluate_both(model, data):
 
 def finish(config, folder, data, model, state):
     """Evaluate the trained model, write result.json and return what it says."""
-    measures = [row["train_srr"] for row in state["rows"] if "train_srr" in row]
     result = {
         "reached_target": None if config["stop_at_loss"] is None else state["loss_bound"] < config["stop_at_loss"],
         "epochs": state["epoch"], "steps": state["step"], **evaluate_both(model, data),
-        "train_srr": [measures[0], measures[-1]] if measures else None,  # of the first and the last epoch
         "seconds": round(sum(row["seconds"] for row in state["rows"]), 3),
     }  # fmt: skip
     if ranks()[0] == 0:
@@ -278,7 +281,7 @@ def train(config, folder, show_progress=True, again=False):
             data, model, optimizer, scaler, state = begin(config, folder)
             steps = config["epochs"] * math.ceil(len(data.train_labels) / config["batch_size"])
             progress = {"total": steps, "initial": state["step"], "desc": folder.name, "unit": "step", "leave": False}
-            with tqdm(**progress, disable=not show_progress) as bar:
+            with tqdm(**progress, disable=None if show_progress else True) as bar:
                 fit(config, folder, data, model, optimizer, scaler, state, bar)
             return finish(config, folder, data, model, state)
         except (ValueError, RuntimeError, OSError) as error:

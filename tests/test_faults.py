@@ -108,6 +108,21 @@ def test_processes_share_a_sweep(tmp_path, finish):
     finish(tmp_path, *flags)  # had two trained a run, its log would have rows twice
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, signal.SIGKILL])
+def test_however_the_first_process_ends_the_others_end(tmp_path, number):
+    script = Train(tmp_path, "--epochs", 10**4, "--seed", *range(4), "--jobs", 2)
+
+    def holders():
+        return {holder for path in tmp_path.glob("*/config.json") if (holder := lock_holder(path.parent))}
+
+    wait_until(lambda: len(holders()) == 2)
+    script.kill(number)
+    ended = script.wait(30)
+    wait_until(lambda: not holders())
+    if number != signal.SIGKILL:
+        assert ended[0] == 128 + number and f"stopped by {number.name}; run the same command again to go on" in ended[1]
+
+
 def test_two_processes_on_one_run(tmp_path, finish):
     flags = ("--epochs", 12, *SRR)
     first = Train(tmp_path, *flags)

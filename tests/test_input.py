@@ -2,20 +2,23 @@
 
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from crate import runs, training
+from crate import cli, runs, training
 from crate.data import decode, load_data
 from crate.model import VARIANTS
-from crate.runs import DEFAULTS, resolve, run_name
+from crate.runs import DEFAULTS, read_log, resolve, run_name
 from tests.conftest import assert_refused
-from tests.processes import SMALL, Train, environment, outcome
+from tests.processes import ROOT, SMALL, Train, environment, outcome
 from tests.test_data import write_classes, write_picture
 
 TINY = ("train", *SMALL, "--epochs", 1, "--log-srr-every", 0)
@@ -123,7 +126,9 @@ def test_images(script, tmp_path, monkeypatch):
     monkeypatch.chdir(write_classes(tmp_path / "photos", size=(8, 8)).parent)
     command = ("train", *SMALL[: SMALL.index("--train-subset")], "--epochs", 2, "--out", "runs", "--dataset")
     assert script(*command, "photos")[0] == 0
-    assert "1 finished" in script(*command, "./photos/")[1] and "1 finished" in script(*command, tmp_path / "photos")[1]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for same in ("./photos/", tmp_path / "photos", "~/photos"):
+        assert "1 finished" in script(*command, same)[1]
     (folder,) = Path("runs").iterdir()
     write_picture(Path("photos/train/a/1.png"), (8, 8), number=99)  # for number 13
     finished = contents(folder)
@@ -238,10 +243,9 @@ def test_an_error_of_torch_fails_its_run_alone(script, tmp_path, monkeypatch):
 # What surrounds the process
 
 
-@pytest.mark.parametrize("jobs", [2])
-def test_several_processes(script, tmp_path, jobs):
+def test_several_processes(script, tmp_path):
     """They share the runs; one that fails is an exit code."""
-    sweep = (*TINY, "--out", tmp_path, "--jobs", jobs, "--seed", *range(4))
+    sweep = (*TINY, "--out", tmp_path, "--jobs", 2, "--seed", *range(4))
     assert script(*sweep)[0] == 0
     right, folders = outcome(tmp_path), sorted(tmp_path.iterdir())
     assert len(right) == 4
@@ -249,6 +253,42 @@ def test_several_processes(script, tmp_path, jobs):
         (folder / "result.json").unlink()
         (folder / "last.pt").write_text("")
     assert script(*sweep)[0] == 2 and all((folder / "error.txt").exists() for folder in folders)
+
+
+@pytest.mark.parametrize("wanted, jobs, threads", [(16, 1, 6), (16, 2, 3), (1, 2, 1), (16, 7, 1)])
+def test_threads(monkeypatch, wanted, jobs, threads):
+    """No more than the cores that this process may use, whatever OMP_NUM_THREADS says; of fewer, so many."""
+    seen, context = {}, type("Context", (), {"Process": lambda **_: Mock(exitcode=0)})
+    monkeypatch.setattr(cli, "cores", lambda: 6)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: seen.get("threads", wanted))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: seen.update(threads=n))
+    monkeypatch.setattr(cli.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(wanted))
+    assert cli.in_processes(jobs, lambda job: job) == 0
+    assert seen["threads"] == threads and os.environ["OMP_NUM_THREADS"] == str(threads)
+
+
+def test_cores_are_those_of_the_affinity():
+    one = "import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]); from crate.cli import cores; print(cores())"
+    assert subprocess.run([sys.executable, "-c", one], cwd=ROOT, capture_output=True, text=True).stdout == "1\n"
+
+
+def test_progress_off_a_terminal(script, tmp_path, monkeypatch):
+    """A line an epoch, not more often than SAY_EVERY; at the end SRR of one layer of all runs, be it in their loss or not."""
+    sweep = (*TINY, "--out", tmp_path, "--srr-reg", 0, 0.1, "--log-srr-every", 1, "--epochs", 2, "--srr-layer", 1)
+    code, out, error = script(*sweep)
+    assert code == 0 and error == ""
+    for line, folder in zip(
+        out.splitlines()[1:], sorted(tmp_path.iterdir(), key=lambda path: "_eta" in path.name), strict=True
+    ):
+        start, *_, end = (row["srr"][0]["srr"] for row in read_log(folder))
+        assert line.endswith(f"; SRR of training images (layer 1): {start:.1f} at the start, {end:.1f} at the end")
+    monkeypatch.setattr(training, "SAY_EVERY", 0)
+    code, out, error = script(*sweep, "--seed", 1)
+    assert [line.split(": ")[1][:12] for line in error.splitlines()] == [
+        "epoch 1 of 2",
+        "epoch 2 of 2",
+    ] * 2 and "\r" not in error
 
 
 def test_ranks_without_torchrun(tmp_path):
@@ -275,6 +315,8 @@ def test_ranks_without_torchrun(tmp_path):
         ("--device warp", "--device warp; cpu"),
         ("--train-subset 5000", "--train-subset 5000; 500"),
         ("--out /proc/nowhere", "/proc/nowhere"),
+        ("--out ~nosuchuser/x", "--out; ~nosuchuser/x; no such user"),
+        ("--dataset ~nosuchuser/x", "--dataset; ~nosuchuser/x; no such user"),
     ],
 )
 def test_bad_flags(script, tmp_path, flags, words):

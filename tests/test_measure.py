@@ -95,7 +95,9 @@ def test_what_is_measured_is_kept_until_checkpoint_or_images_change(script, runs
 
 
 def test_names_and_what_is_left_out(script, runs, tmp_path):
-    shutil.copytree(runs / "a", runs / "again" / "a")
+    shutil.copytree(runs / "a", tmp_path / "other disk" / "a")
+    (runs / "again").symlink_to(tmp_path / "other disk")
+    (tmp_path / "other disk" / "above").symlink_to(runs)
     (runs / "a" / "result.json").unlink()
 
     code, printed, _ = script("measure", runs, "--out", tmp_path / "m.csv", *CHEAP)
