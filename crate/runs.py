@@ -326,9 +326,7 @@ def lock_holder(folder):
 
 
 def find_runs(folders):
-    """All run folders at or below `folders`, in order, links to folders included, each once. Raises InputError where one holds
-    none.
-    """
+    """All run folders at or below `folders`, links included, each once, in order. Raises InputError where one holds none."""
     found = {}
     for folder in folders:
         below, seen = [], set()

@@ -75,8 +75,8 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
     """Train from `state` to the end, epoch by epoch. Raises InputError, naming epoch and step, where a number is not finite."""
     (rank, world), size, target = ranks(), config["batch_size"], config["stop_at_loss"]
     steps, augment = math.ceil(len(data.train_labels) / size), config["augment"] == "basic"
-    step, saved_at = step_of(config, model, optimizer, scaler), time.monotonic()
-    said_at = saved_at
+    step = step_of(config, model, optimizer, scaler)
+    saved_at = said_at = time.monotonic()
     while not finished(state, config):
         began, results = time.perf_counter(), []
         state["epoch"] += 1
@@ -85,7 +85,9 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
         check_after = {math.ceil(steps * (i + 1) / checks) for i in range(checks)}
         model.train()
         for images, labels, weight in batches(data, size, config["seed"], state["epoch"], augment, rank, world):
-            rate = learning_rate(config, state["step"], steps)
+            rate = config["lr"]
+            if config["schedule"] == "cosine":
+                rate *= 0.5 * (1 + math.cos(math.pi * state["step"] / (config["epochs"] * steps)))
             for group in optimizer.param_groups:  # on CUDA it stays one tensor, which a graph reads
                 group["lr"] = group["lr"].fill_(rate) if images.is_cuda else rate
             try:
@@ -112,13 +114,6 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
 def finished(state, config):
     """Whether a run has come to its end: all epochs, or the stopping criterion (no loss is below 0)."""
     return state["epoch"] >= config["epochs"] or state["loss_bound"] < (config["stop_at_loss"] or 0)
-
-
-def learning_rate(config, step, steps_per_epoch):
-    """Of step `step` (0-based): constant, or its cosine decay to zero over all epochs."""
-    if config["schedule"] == "constant":
-        return config["lr"]
-    return config["lr"] * (0.5 * (1 + math.cos(math.pi * step / (config["epochs"] * steps_per_epoch))))
 
 
 def draw_layers(config, epoch, steps):
@@ -190,8 +185,8 @@ def log(row, config, folder, data, model, state, began):
             raise InputError(f"epoch {epoch}: the validation loss is {row['val_loss']}; {CURE}")
     if config["log_srr_every"] and (last or epoch % config["log_srr_every"] == 0):
         train, val = (data.prepare(images[:SRR_IMAGES]) for images in (data.train_images, data.val_images))
-        due = {"srr": (layer_srr, train), "srr_val": (layer_srr, val)}
-        for key, (rates, images) in (due | ({"operators": (operator_rates, train)} if last or epoch == 0 else {})).items():
+        due = [("srr", layer_srr, train), ("srr_val", layer_srr, val), ("operators", operator_rates, train)]
+        for key, rates, images in due if last or epoch == 0 else due[:2]:
             try:
                 row[key] = rates(model, images, sparsity=config["srr_lambda"], gamma=config["srr_gamma"])
             except ValueError as error:
@@ -239,10 +234,10 @@ def begin(config, folder):
 
 def evaluate_both(model, data):
     """Losses, accuracies and gaps of a trained model, a dict."""
-    train_loss, train_accuracy = evaluate(model, data, data.train_images, data.train_labels)
+    loss, accuracy = evaluate(model, data, data.train_images, data.train_labels)
     val_loss, val_accuracy = evaluate(model, data, data.val_images, data.val_labels)
-    result = {"train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
-    return result | {"gap": val_loss - train_loss, "gap_accuracy": train_accuracy - val_accuracy}
+    result = {"train_loss": loss, "train_accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
+    return result | {"gap": val_loss - loss, "gap_accuracy": accuracy - val_accuracy}
 
 
 def finish(config, folder, data, model, state):
