@@ -1,4 +1,4 @@
-"""Shared by the tests: running a script as its user would, but in this process, and the table of faults."""
+"""Shared by the tests: running a script as its user would, but in this process."""
 
 import importlib
 import os
@@ -11,11 +11,10 @@ if not any("cuda" in argument for argument in sys.argv):  # without -m cuda, tes
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from crate.cli import markdown_table, run  # noqa: E402
+from crate.cli import run  # noqa: E402
 from crate.data import decode, load_data  # noqa: E402
 
 torch.set_num_threads(1)
-FAULTS = {}  # (fault, outcome): tries
 
 
 @pytest.fixture(autouse=True)
@@ -35,46 +34,16 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture
-def faults():
-    """faults(fault, tries, outcome): to be called once the outcome has been seen; a row of the table at the end."""
-
-    def add(fault, tries, outcome):
-        FAULTS[fault, outcome] = FAULTS.get((fault, outcome), 0) + tries
-
-    return add
-
-
-def pytest_runtest_makereport(item, call):
-    """A test of faults that adds no row itself is a row by its name."""
-    passed = call.when == "call" and call.excinfo is None
-    if passed and item.get_closest_marker("faults") and "faults" not in item.fixturenames:
-        row = item.originalname.removeprefix("test_").replace("_", " "), "as its test says"
-        FAULTS[row] = FAULTS.get(row, 0) + 1
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    if config.option.markexpr == "faults":
-        rows = [(fault, tries, outcome) for (fault, outcome), tries in FAULTS.items()]
-        terminalreporter.write("\n" + markdown_table(("fault", "tries", "outcome"), rows))
-
-
-def run_script(monkeypatch, name, *arguments):
-    """The exit code of a script, run in this process."""
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        run(importlib.import_module(name).main)
-    return stop.value.code or 0
-
-
-@pytest.fixture
 def script(monkeypatch, capsys):
-    """script("train", "--model", ...) -> (exit code, stdout, stderr)."""
+    """script("train", "--model", ...) -> (exit code, stdout, stderr), in this process."""
 
     def call(name, *arguments):
         capsys.readouterr()
-        code = run_script(monkeypatch, name, *arguments)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            run(importlib.import_module(name).main)
         output = capsys.readouterr()
-        return code, output.out, output.err
+        return stop.value.code or 0, output.out, output.err
 
     return call
 

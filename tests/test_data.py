@@ -1,7 +1,6 @@
 """Data sets and batches: the shipped digits, small files in the formats of the others, class folders, augmentation."""
 
-import hashlib
-import pickle
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -97,20 +96,16 @@ def test_class_folders(tmp_path, kind, test, mode):
     assert load_data(str(tmp_path), image_size=8).train_images.shape == (9, len(mode), 8, 8)
 
 
-def test_grey_and_transparent_pictures_become_colour(tmp_path):
+def test_pictures_of_several_kinds_and_sizes(tmp_path):
     write_classes(tmp_path, mode="L")
     write_picture(tmp_path / "train/a/x.png", mode="RGBA")
-    data = load_data(tmp_path)
-    found = data.train_images[data.train_labels == 0].permute(0, 2, 3, 1)
-    expected = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((tmp_path / "train/a").iterdir())]
-    assert np.array_equal(found, np.stack(expected)) and len(found) == 4
-
-
-def test_pictures_of_several_sizes(tmp_path):
-    write_classes(tmp_path, size=(12, 8))
-    assert "not of one square size" in refused(tmp_path)
+    files = [Image.open(tmp_path / f"train/a/{name}.png") for name in "012x"]
+    found = (data := load_data(tmp_path)).train_images[data.train_labels == 0].permute(0, 2, 3, 1)
+    assert np.array_equal(found, np.stack([np.asarray(file.convert("RGB")) for file in files]))
     write_picture(tmp_path / "train/b/0.png", size=(9, 9))
-    assert str(tmp_path) in refused(tmp_path) and "--image-size" in refused(tmp_path)
+    assert "not of one square size" in (message := refused(tmp_path)) and "--image-size" in message
+    write_picture(tmp_path / "train/a/0.png", size=(12, 8))
+    load_data.cache_clear(), decode.cache_clear()
     data = load_data(tmp_path, image_size=5)
     expected = Image.open(tmp_path / "train/a/0.png").resize((5, 5), Image.Resampling.BILINEAR)
     assert np.array_equal(data.train_images[0].permute(1, 2, 0), np.asarray(expected))
@@ -134,61 +129,38 @@ def test_damaged_class_folders(tmp_path, damage, words):
 
 
 def test_cifar10_as_class_folders(tmp_path):
-    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
-    write_classes(tmp_path / "cifar10", names, kind="jpg", size=(32, 32))
+    write_classes(tmp_path / "cifar10", names := "airplane automobile bird cat deer dog frog horse ship truck".split())
     data = load_data("cifar10", tmp_path)
-    assert data.classes == 10 and data.train_images.shape == (30, 3, 32, 32)
-    assert data.train_labels.tolist() == list(range(10)) * 3
-    write_picture(tmp_path / "cifar10/train/ship/9.jpg", size=(40, 32))
-    assert "--image-size" in refused("cifar10", tmp_path)
-    assert load_data("cifar10", tmp_path, image_size=16).train_images.shape == (31, 3, 16, 16)
+    assert data.classes == len(names) and data.train_labels.tolist() == list(range(10)) * 3
 
 
-def write_cifar(folder, monkeypatch, name, n=4):
-    """CIFAR's pickled files with n images each, known to torchvision by their own checksums; returns images, labels."""
-    random, contents, kind = np.random.default_rng(0), [], getattr(datasets, name.upper())
-    key, classes = {"cifar10": ("labels", 10), "cifar100": ("fine_labels", 100)}[name]
-    (folder / kind.base_folder).mkdir(parents=True)
+@pytest.mark.parametrize("kind, classes", [("CIFAR10", 10), ("CIFAR100", 100)])
+def test_data_sets_of_torchvision(tmp_path, monkeypatch, kind, classes):
+    def fake(root, train, download):
+        assert root == tmp_path and download
+        random = np.random.default_rng(train)
+        labels = random.permutation(classes).tolist()
+        return SimpleNamespace(data=random.integers(0, 256, (classes, 32, 32, 3), np.uint8), targets=labels)
 
-    def write(file, content):
-        (folder / kind.base_folder / file).write_bytes(pickle.dumps(content))
-        return [file, hashlib.md5(pickle.dumps(content)).hexdigest()]
-
-    for files in ("train_list", "test_list"):
-        entries = []
-        for file, _ in getattr(kind, files):
-            contents.append((random.integers(0, 256, (n, 3, 32, 32), np.uint8), random.integers(0, classes, n).tolist()))
-            entries.append(write(file, {"data": contents[-1][0].reshape(n, -1), key: contents[-1][1]}))
-        monkeypatch.setattr(kind, files, entries)
-    meta = write(kind.meta["filename"], {kind.meta["key"]: [str(i) for i in range(classes)]})
-    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": meta[1]})
-    return contents
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_from_its_files(tmp_path, monkeypatch, name):
-    contents = write_cifar(tmp_path, monkeypatch, name)
-    data = load_data(name, tmp_path)
-    images, labels = (np.concatenate([content[i] for content in contents[:-1]]) for i in (0, 1))
-    assert np.array_equal(data.train_images, images) and data.train_labels.tolist() == labels.tolist()
-    assert np.array_equal(data.val_images, contents[-1][0]) and data.val_labels.tolist() == contents[-1][1]
-    pixels = images / 255
+    monkeypatch.setattr(datasets, kind, fake)
+    data = load_data(kind.lower(), tmp_path)
+    for train, images, labels in ((1, data.train_images, data.train_labels), (0, data.val_images, data.val_labels)):
+        expected = fake(tmp_path, train, download=True)
+        assert np.array_equal(images.permute(0, 2, 3, 1), expected.data) and labels.tolist() == expected.targets
+    pixels = data.train_images.numpy() / 255
     expected = (pixels - pixels.mean((0, 2, 3), keepdims=True)) / pixels.std((0, 2, 3), keepdims=True, ddof=1)
     np.testing.assert_allclose(data.prepare(data.train_images), expected, atol=1e-4)
 
 
 @pytest.mark.faults
-def test_missing_and_damaged_files(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_no_network(tmp_path, monkeypatch, name):
     def urlopen(*_, **__):
         raise URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    for name in ("cifar10", "cifar100"):
-        message = refused(name, tmp_path / "empty")
-        assert all(words in message for words in (str(tmp_path), "can't be downloaded", "no network", "--dataset digits"))
-    write_cifar(tmp_path, monkeypatch, "cifar10")
-    (tmp_path / datasets.CIFAR10.base_folder / "data_batch_2").write_bytes(b"nonsense")
-    assert "what is there of it is damaged" in refused("cifar10", tmp_path)
+    message = refused(name, tmp_path / "empty")
+    assert all(words in message for words in (str(tmp_path), "can't be downloaded", "no network", "--dataset digits"))
 
 
 @pytest.mark.parametrize("augment", [False, True])

@@ -56,7 +56,7 @@ def test_import(sizes, entry, prefix):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", released_state(depth=1))
-def test_malformed_entry(name, faults):
+def test_malformed_entry(name):
     state = released_state()
     tensor, others = state[name], {other: value for other, value in state.items() if other != name}
     wrong = [others, state | {name: tensor[..., :-1]}, state | {name: tensor[..., :0]}, state | {name + "2": tensor}]
@@ -64,7 +64,6 @@ def test_malformed_entry(name, faults):
         with pytest.raises(ValueError) as error:
             from_released_crate(malformed, 3)
         assert "\n" not in str(error.value)
-    faults("a released checkpoint with a wrong entry", len(wrong), "refused in one line")
 
 
 @pytest.fixture
@@ -133,7 +132,7 @@ FOREIGN = {
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_foreign_files(script, tmp_path, kind, faults):
+def test_foreign_files(script, tmp_path, kind):
     (content, reason), path = FOREIGN[kind], tmp_path / "crate.pth"
     torch.save(content(), path)
     if kind == "truncated file":
@@ -141,4 +140,3 @@ def test_foreign_files(script, tmp_path, kind, faults):
     command = ("measure", path, "--heads", 3, "--dataset", "digits", "--out", tmp_path / "m.csv")
     assert_refused(script(*command), str(path), reason)
     assert not (tmp_path / "m.csv").exists()
-    faults("a foreign file for a released checkpoint", 1, "refused in one line, with the reason")

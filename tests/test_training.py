@@ -116,13 +116,6 @@ def test_amp(tmp_path, amp, clip_norm, tolerance):
         assert (seen[0][1][key] - gradient).norm() < tolerance * min(clip_norm, 1), key
 
 
-def test_random_draws_a_layer_in_each_epoch(tmp_path):
-    train(config(**ONE_BATCH, epochs=8, lr=1e-12, srr_reg=1e-3, srr_layer="random", log_srr_every=8), tmp_path, False)
-    first, *rows = read_log(tmp_path)  # at such a learning rate the model stays what it is
-    by_layer, drawn = [parts["srr"] for parts in first["srr"]], [row["train_srr"] for row in rows]
-    assert [srr in (pytest.approx(x, rel=1e-5) for x in drawn) for srr in by_layer] == [True] * 3
-
-
 @pytest.mark.cuda
 def test_a_gpu_gives_what_the_cpu_gives(tmp_path):
     """Also once steps are CUDA graphs, whose learning rate, images and regularised layer change."""
