@@ -28,10 +28,8 @@ if ! has "$python"; then
   python=.venv/bin/python
 fi
 device=$([ "$PRESET" = laptop ] && echo cpu || echo auto)
-workers=$("$python" -c 'import os, sys, torch; from crate.runs import resolve_device
-gpus = resolve_device(sys.argv[1]).type == "cuda" and torch.cuda.device_count()
-print(gpus or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())' $device)
-JOBS=${JOBS:-$workers}
+JOBS=${JOBS:-$("$python" -c 'import sys, torch; from crate import cli, runs
+print(torch.cuda.device_count() if runs.resolve_device(sys.argv[1]).type == "cuda" else cli.cores())' $device)}
 # glibc's allocator gives memory back after every operation; asking for it again costs 5 to 20 % of a small model's time.
 export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 
@@ -60,11 +58,13 @@ case $PRESET in # the grid of Section 5 (Table 4); the study's ranges, at random
   cifar)
     grid="--width 96 192 --batch-size 64 128 --lr 1e-3 3e-3 --dropout 0 0.1 --epochs 200"
     study="--batch-size 32 64 128 --lr 5e-4 3e-3 --dropout 0 0.03 --weight-decay 0 0.1 --epochs 200"
+    rate="--lr 1e-3 --batch-size 16 32 64 128 256 --dropout 0 0.05 --weight-decay 0 0.3 --epochs 200"
     size="--patch-size 4 --width 384 --depth 12 --batch-size 32 --lr 3e-4 --epochs 15 --log-srr-every 3 --validate-every 15"
     table6="2 4 6 8 10 last random" layers="--width 384 --patch-size 4 --train-subset 250 --seed 0 1 2 3 4" etas="-0.003 0 0.003 0.01" ;;
   paper)
     grid="--width 384 768 --batch-size 64 128 --lr 1e-4 3e-4 --dropout 0 0.1 --epochs 300"
     study="--batch-size 32 64 128 --lr 5e-5 5e-4 --dropout 0 0.3 --weight-decay 0 0.1 --epochs 300"
+    rate="--lr 1e-4 --batch-size 32 64 128 256 --dropout 0 0.3 --weight-decay 0 0.3 --epochs 300"
     table6="2 4 6 8 10 last random" layers="--width 384 768 --patch-size 4 --train-subset 520 --seed 0 1 2 3 4" ;;
 esac
 until_low="--augment none --schedule constant --stop-at-loss 0.01 --validate-every 1000 --log-srr-every 0"
