@@ -11,8 +11,8 @@ TYPES = [*MAIN, "crate-fix", "crate-identity", "crate-e"]  # all that a claim sp
 NORMS = ["log_prod_of_fro", "log_sum_of_fro", "log_prod_of_spec", "log_sum_of_spec", "path_norm"]
 FLATNESS = ["inverse_margin", "pacbayes_flatness"]
 # Those of Tables 1 and 5, and baselines: what is shown. The other measures stand in correlation.csv.
-MEASURES = ["srr", "srr_lambda_0", *NORMS, "sum_of_spec_literal", "inverse_margin", "pacbayes_init", "pacbayes_flatness"]
-MEASURES += ["sharpness_flatness", "baseline_type", "baseline_lr", "baseline_steps", "baseline_other_seed"]
+MEASURES = ["srr", "srr_lambda_0", *NORMS, "inverse_margin", "pacbayes_init", "pacbayes_flatness", "sharpness_flatness"]
+MEASURES += ["baseline_type", "baseline_lr", "baseline_steps", "baseline_other_seed"]
 BEYOND = "Beyond the paper: "
 VERDICTS = ["contradicted", "contradicted in part", "no effect", "undecided", "holds in part", "holds"]
 RULE = """A claim is that all its numbers are positive, or negative. A number *holds* where its interval is on the claimed side,

@@ -116,10 +116,10 @@ def by_layer(rows, path, *, label=r"SRR measure, $\lambda ||Z||_0 + R^c - R$", c
         for (line, colour), marker in zip(colours.items(), "os^Dv<>ph*" * len(colours)):
             seeds = rows[(rows["panel"] == panel) & (rows["line"] == line)].groupby("layer")["srr"]
             mean, low, high = np.array([mean_interval(values) for _, values in seeds]).reshape(-1, 3).T
-            axis.plot([*seeds.groups], mean, marker + "-", color=colour, markersize=3.5, linewidth=1.2, label=line)
+            axis.plot([*seeds.groups], mean, marker + "-", color=colour, markersize=3.5, linewidth=1.2, label=plain(line))
             axis.fill_between([*seeds.groups], low, high, color=colour, alpha=0.15, linewidth=0)
         axis.set_xlabel("layer")
-        axis.set_title(plain(panel) if "$" not in panel else panel, fontsize=9)
+        axis.set_title(panel, fontsize=9 if len(panel) * columns < 90 else 6.5)
         axis.xaxis.get_major_locator().set_params(integer=True)
     figure.supylabel(label, fontsize=10)
     legend_above(figure, axes[0])
@@ -181,7 +181,8 @@ def forest(taus, path, *, label):
         height = np.arange(len(names)) + 0.26 * (k - (len(taus) - 1) / 2)
         _, numbers, lows, highs = zip(*rows)
         axis.hlines(height, lows, highs, color=colour, linewidth=1.5)
-        axis.plot(numbers, height, marker, color=colour, markersize=4, label=plain(name))
+        name = plain(name) if np.isfinite(numbers).any() else f"{plain(name)}: too few pairs"
+        axis.plot(numbers, height, marker, color=colour, markersize=4, label=name)
     if "srr" in names:
         axis.axhspan(names.index("srr") - 0.5, names.index("srr") + 0.5, color="0.92", zorder=0)
     axis.axvline(0, color=GREY, linewidth=0.8)

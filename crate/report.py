@@ -28,7 +28,6 @@ from crate.runs import read_log, read_run
 
 RUN = ["experiment", "run"]
 WITHOUT_LAYERS = ("grid", "study", "rate", "table6", "intervention")  # whose SRR of single layers nothing shows
-KNOWN = ("table2", "table3", "layers", *WITHOUT_LAYERS)
 OPERATORS = {"compressed": "attention step", "output": "ISTA (vit: MLP)"}  # by the point behind them
 SHOWN = 12  # single runs of an experiment that are drawn
 NORMS = """R^c grows with the tokens' norm, so a step that only stretches them raises it. At equal norm they are scaled back to
@@ -37,11 +36,16 @@ the Frobenius norm that they had before the step: their arrangement alone counts
 RANKS = """Kendall's tau with the gap: psi of pairs of models that differ in one hyperparameter alone, Psi their mean, tau of
 all pairs. What the models of a pair share can't explain their agreement: hence, in the plots, tau of pairs of one type, and of
 one type and learning rate (within a factor of 1.25 where it is random). `srr_lambda_0` is R^c - R; the baselines are the mean
-SRR of the type, the learning rate, the number of steps. Other measures and statistics: `correlation.md`.
+SRR of the type, the learning rate, the number of steps.
 """
-INTERVENTION = """Only eta differs, and moves SRR. If SRR is what makes the gap, the gap follows it along eta.
-"""
+INTERVENTION = """Only eta differs, and moves SRR. If SRR is what makes the gap, the gap follows it along eta. Slope where
+nobody pushed (the surest is dashed): """
 ACCURACY = "Validation accuracy in % after the last epoch, mean ± standard deviation over seeds; differences paired by seed.\n"
+
+
+def is_single(experiment):
+    """Whether no section is about this experiment, so that its runs are shown one by one."""
+    return not experiment.startswith("table2") and experiment not in ("table3", "layers", *WITHOUT_LAYERS)
 
 
 def collect(runs, results):
@@ -56,17 +60,15 @@ def collect(runs, results):
         try:
             (config, result), log = read_run(folder), read_log(folder)
             row = where | config | {"max_epochs": config["epochs"]} | result  # the result's epochs are those that it took
-            row["torch"], row["processor"] = (
-                config["versions"]["torch"],
-                "{processor}, {cores} cores".format(**config["versions"]),
-            )
+            row["torch"] = config["versions"]["torch"]
+            row["processor"] = "{processor}, {cores} cores".format(**config["versions"])
             srr = pd.Series([parts["srr"] for parts in log[-1].get("srr") or []], dtype=float)
             row["srr"] = srr.mean(skipna=False)  # Eq. 11
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             print(f"left out: {one_line(error, folder)}", file=sys.stderr)
             continue
         tables["runs"].append({key: value for key, value in row.items() if not isinstance(value, (dict, list))})
-        if experiment in WITHOUT_LAYERS or (config["srr_reg"] and experiment.startswith(KNOWN)):
+        if experiment in WITHOUT_LAYERS or (config["srr_reg"] and not is_single(experiment)):
             continue
         for epoch in log:
             here = where | {"epoch": epoch["epoch"]}
@@ -91,6 +93,8 @@ def read_runs(results):
     if (results / "runs.csv").exists():
         runs = pd.read_csv(results / "runs.csv", dtype={"experiment": str, "srr_layer": str, "commit": str})
     names = read_json(results / "datasets.json") if (results / "datasets.json").exists() else {}
+    if not isinstance(names, dict):
+        raise InputError(f'{results / "datasets.json"}: must be like {{"cifar10": "CIFAR-10, a copy"}}')
     runs["data_set"] = [names.get(name, Path(name).name) for name in runs["dataset"]]
     runs["size"] = [f"d = {width}" for width in runs["width"]]
     compared = runs[runs["experiment"].str.startswith(("table", "intervention"))]
@@ -186,7 +190,7 @@ def operator_table(changes, runs):
         words + end: table[norm, point]
         for point, words in OPERATORS.items() for norm, end in (("after", ""), ("after_equal_norm", ", equal norm"))
     })  # fmt: skip
-    text = f"Change of R^c in nats by operator, mean over layers, {about(runs)} (LayerNorm's: operators.csv)\n\n"
+    text = f"Change of R^c, nats, mean over layers, {about(runs)} (LayerNorm's: operators.csv)\n\n"
     return text + markdown(table.rename_axis("trained"), in_order(table.index))
 
 
@@ -235,13 +239,9 @@ def layers_section(results, runs):
 def single_section(results, runs):
     """Runs of experiments that no other section is about."""
     text, layers = [], read_rows(results, "layers", runs).query("images == 'train'")
-    for name, own in runs[~runs["experiment"].str.startswith(KNOWN)].groupby("experiment"):
-        table = pd.DataFrame(
-            {"epochs": own["epochs"], "validation accuracy, %": (100 * own["val_accuracy"]).map("{:.2f}".format)}
-        )
-        for key, words in ("gap", "gap, nats"), ("srr", "SRR, mean over layers"):
-            table[words] = own[key].map("{:.3g}".format).replace("nan", "-")
-        text += section(f"Runs of `{name}`", markdown(table.set_index(own["run"]), own["run"]))
+    for name, own in runs[runs["experiment"].map(is_single).eq(True)].groupby("experiment"):
+        table = own.set_index("run")[["epochs", "val_accuracy", "gap", "gap_accuracy", "srr"]].map("{:.4g}".format)
+        text += section(f"Runs of `{name}`", markdown(table.replace("nan", "-"), own["run"]))
         shown = layers.merge(own[RUN]).assign(panel=lambda rows: rows["run"], line=lambda rows: rows["when"])
         names = shown["run"].unique()
         if len(names):
@@ -265,8 +265,8 @@ def table_4(grid):
 def rank_table(table):
     """Tables 1 and 5: psi of every axis, Psi and tau of the paper's measures and the baselines, for the first gap."""
     table = table[table["gap"].eq(table["gap"].iloc[0])].set_index("measure")
-    columns = [name for name in table if name.startswith("psi_") or name in ("Psi", "tau")]
-    return markdown(table[columns].map("{:+.2f}".format), claims.MEASURES)
+    columns = [name for name in table if name.startswith("psi_")]
+    return markdown(table[[*columns, "Psi", "tau"]].map("{:+.2f}".format), claims.MEASURES)
 
 
 def complexity_section(results, runs):
@@ -276,6 +276,7 @@ def complexity_section(results, runs):
     places |= {"all widths" if widths else "all models": "correlation"}
     places |= {"random settings": "study_correlation", "one learning rate": "rate_correlation"}
     one_width, others, parts, grid = {}, {}, [], runs[runs["experiment"] == "grid"]
+    data = ", ".join(grid["data_set"].unique())
     for what, folder in places.items():
         if not (results / folder / "correlation.csv").exists():
             continue
@@ -286,7 +287,7 @@ def complexity_section(results, runs):
         if what == "all models" or what in [f"d = {width}" for width in widths]:
             number, figure = (5, 6) if one_width else (1, 4)
             parts.append(f"**Table {number}.** {what}\n\n{rank_table(table)}")
-            captions["scatter"], one_width[what] = f"Fig. {figure}. The gap against each measure", table
+            captions["scatter"], one_width[what] = f"Fig. {figure}. The gap against each measure, {data}", table
         else:
             captions["srr"], others[what] = "SRR and the gap", table
         if what == "one learning rate":  # there pairs of one type are also of one rate
@@ -344,13 +345,14 @@ def regularisation_section(results, runs):
 
 def intervention_section(results, runs):
     """The runs in which eta moves SRR, beside the models that nobody pushed."""
-    moved = runs[runs["experiment"] == "intervention"]
-    if moved.empty:
+    everyone = runs[runs["experiment"] == "intervention"]
+    if everyone.empty:
         return [], []
-    moved = moved[~moved["reached_target"].eq(False)].dropna(subset=["srr", "gap"])
+    moved = everyone[~everyone["reached_target"].eq(False)].dropna(subset=["srr", "gap"])
     observed = claims.observed_slopes(results)
     words = "; ".join(f"{with_interval(*slope, '+.2g')} ({what})" for what, slope in observed.items())
-    found, parts = [], [INTERVENTION + f"Slope where nobody pushed, in nats per nat: {words or '-'}; the surest is dashed.\n"]
+    left_out = len(everyone) - len(moved)  # missed the target, or have no SRR
+    found, parts = [], [INTERVENTION + (words or "-") + (f". Left out: {left_out} runs.\n" if left_out else ".\n")]
     for layer in in_depth(moved.loc[moved["srr_reg"] != 0, "srr_layer"].unique()):
         own, figure = moved[(moved["srr_reg"] == 0) | (moved["srr_layer"] == layer)], f"figures/intervention_{layer}.png"
         slopes = claims.slopes(own)
@@ -380,10 +382,7 @@ def claims_section(runs, found):
 def provenance(runs):
     """What made the runs of each experiment."""
     made = (runs["torch"] + ", " + runs["device"] + ", " + runs["processor"]).unique()
-    text = (
-        "Settings, command and result of each run: [runs.csv](runs.csv); SRR on validation images, too: layers.csv. Made with "
-    )
-    text += f"torch {'; '.join(made)}.\n"
+    text = f"Each run: [runs.csv](runs.csv); its SRR on validation images: layers.csv. Made with torch {'; '.join(made)}.\n"
     rows = []
     for keys, own in runs.groupby(["experiment", "dataset"], sort=False):
         made = own["commit"].fillna("unknown").str.replace(r"^(\w{10})\w*", r"\1", regex=True)

@@ -75,7 +75,7 @@ def test_what_the_report_says(reported):
 
 def test_single_runs(script, tmp_path):
     """A folder of them, one of them, and the folder above: a row each, and its layers drawn."""
-    folder = tmp_path / "single"
+    folder = tmp_path / "grids"  # a name that no section is about
     assert script("train", *SMALL, "--epochs", 2, "--srr-reg", 0, 0.1, "--out", folder)[0] == 0
     names = sorted(path.parent.name for path in folder.glob("*/result.json"))
     for runs, shown in (folder, names), (folder / names[1], names[1:]), (tmp_path, names):
@@ -84,9 +84,10 @@ def test_single_runs(script, tmp_path):
         for name in shown:
             config, result = read_run(folder / name)
             srr = np.mean([parts["srr"] for parts in read_log(folder / name)[-1]["srr"]])
-            row = f"| {name} | 2 | {100 * result['val_accuracy']:.2f} | {result['gap']:.3g} | {srr:.3g} |"
+            numbers = [2, result["val_accuracy"], result["gap"], result["gap_accuracy"], srr]
+            row = f"| {name} | {' | '.join(f'{x:.4g}' for x in numbers)} |"
             assert row in text and text.count(name) == 1
-        assert f"{len(shown)} of {len(shown)} runs" in text and "(figures/runs_single.png)" in text
+        assert f"{len(shown)} of {len(shown)} runs" in text and "(figures/runs_grids.png)" in text
         assert set(pd.read_csv(tmp_path / "results/layers.csv")["run"]) == set(shown)
 
 
