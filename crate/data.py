@@ -52,14 +52,10 @@ class Data:
 
 
 def _digits(data_dir):
-    """500 images to train on, 50 a class, and 1,297 to validate on: with the shipped 360 the gap would be mostly noise."""
-    arrays = np.load(DIGITS)
-    images, labels = (np.concatenate([arrays[f"{part}_{kind}"] for part in ("train", "val")]) for kind in ("images", "labels"))
-    images = (images[:, None].astype(int) * 255 // 16).astype(np.uint8)  # shipped as 0 to 16
-    order = np.random.default_rng(0).permutation(len(arrays["train_labels"]))
-    train = np.sort(np.concatenate([order[labels[order] == c][:50] for c in range(10)]))
-    val = np.setdiff1d(np.arange(len(labels)), train)
-    return images[train], labels[train], images[val], labels[val]
+    """500 images to train on, 50 a class, and 1,297 to validate on, so that the gap is not mostly noise."""
+    images, labels, val_images, val_labels = np.load(DIGITS).values()
+    images, val_images = ((part[:, None].astype(int) * 255 // 16).astype(np.uint8) for part in (images, val_images))  # 0 to 16
+    return images, labels, val_images, val_labels
 
 
 def _torchvision(kind, data_dir):
@@ -71,12 +67,7 @@ def _torchvision(kind, data_dir):
     except Exception as error:  # no network, or what tarfile, gzip and pickle make of a damaged file: nearly anything
         where = f"--data-dir {data_dir}: {kind} can't be downloaded, or what is there of it is damaged"
         raise InputError(f"{where} ({one_line(error)}); --dataset digits needs nothing") from error
-    return [array for part in parts for array in (_channels_first(np.asarray(part.data)), np.asarray(part.targets))]
-
-
-def _channels_first(images):
-    """(n, H, W) or (n, H, W, C) -> (n, C, H, W)."""
-    return images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
+    return [array for part in parts for array in (part.data.transpose(0, 3, 1, 2), np.array(part.targets))]
 
 
 # Functions of data_dir: training images (n, C, H, W) uint8, their labels (n,), validation images, their labels.
@@ -145,7 +136,8 @@ def decode(samples, size):
     labels = np.array([label for _, label in samples])
     order = np.lexsort((labels, np.arange(len(labels)) - np.searchsorted(labels, labels)))  # by place in the class, then class
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return _channels_first(np.stack(list(threads.map(pixels, order)))), labels[order], sizes == {(size, size)}
+        images = np.stack(list(threads.map(pixels, order))).transpose(0, 3, 1, 2)
+    return images, labels[order], sizes == {(size, size)}
 
 
 @lru_cache(1)  # the runs of a grid share it
