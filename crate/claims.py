@@ -248,7 +248,7 @@ def accuracy_claims(gains, plain):
     for text, side, values in (
         ("CRATE-N beats CRATE-C: points", +1, {"": N - C}),
         ("CRATE-N falls behind CRATE-T: points", -1, {"": N - T}),
-        ("CRATE-T is nearer to CRATE than to CRATE-C: by points", +1, {"": 2 * T - C - W}),
+        ("CRATE-T is nearer to CRATE than to CRATE-C: (T - C) - (CRATE - T)", +1, {"": 2 * T - C - W}),
         ("The transpose is the best fixed output matrix: its lead in points", +1, best),
     ):
         rows.append(("6", text, side, values, None, None))
