@@ -74,7 +74,7 @@ def resolve_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: no such device here ({str(error).splitlines()[0]}); use --device cpu")
+        raise InputError(f"--device {name}: can't be used here ({str(error).splitlines()[0]}); use --device cpu")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device

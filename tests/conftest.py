@@ -2,11 +2,10 @@
 
 import importlib
 import os
+import re
 import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread costs more than it brings
-if not any("cuda" in argument for argument in sys.argv):  # without -m cuda, tests mean the CPU
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -26,6 +25,11 @@ def fresh():
     yield
     load_data.cache_clear()
     decode.cache_clear()
+
+
+def pytest_configure(config):
+    if not re.search(r"(?<!not )\bcuda", config.option.markexpr):  # without -m cuda, tests mean the CPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_runtest_setup(item):

@@ -1,38 +1,56 @@
-"""What only a GPU can tell, in about five minutes on an H100: python tests/gpu_check.py [kernel numerics nan steps waits time]
+"""What only a GPU can tell, in about eight minutes on an H100:   python tests/gpu_check.py [CHECK ...] [--device cpu]
 
-Prints ok or FAIL a line, then a table of milliseconds a step. Without a GPU it compares the CPU with itself.
+Prints ok or FAIL a line, the milliseconds of a step, the hours that PRESET=paper takes on this card, and a verdict: text to
+paste. Where there is no GPU, and with --device cpu, models are small, and the CPU is compared with itself.
 """
 
-import copy
-import math
+import json
+import signal
+import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from crate.kernels import self_attention  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import crate.training  # noqa: E402
+from crate.cli import Parser, one_line, run  # noqa: E402
+from crate.data import DATASETS, batches, data_of  # noqa: E402
+from crate.kernels import WARM_UP  # noqa: E402
+from crate.measures import GROUPS, measure  # noqa: E402
 from crate.model import VARIANTS, build_model  # noqa: E402
-from crate.rates import coding_rate, exact_gradient, split_heads, subspace_coding_rate  # noqa: E402
-from crate.runs import DEFAULTS, model_of  # noqa: E402
+from crate.runs import DEFAULTS, load_run, model_of, read_log, resolve, resolve_device, srr_layers  # noqa: E402
 from crate.srr import record, srr  # noqa: E402
-from crate.training import step_of  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FAILED = []
-CASES = {  # name: changes to the paper's setting (d = 384, L = 12, K = 6, N = 65, batch 128, bf16), layers with SRR
-    "crate-c": ({}, ()),
-    "crate-c, SRR last layer": ({"srr_reg": 1e-3}, (11,)),
-    "crate-c, SRR all layers": ({"srr_reg": 1e-3}, tuple(range(12))),
-    "crate-c, dropout 0.1": ({"dropout": 0.1}, ()),
-    "crate-c, fp16, clipped": ({"amp": "fp16", "clip_norm": 1.0}, ()),
-    "crate-c, float32": ({"amp": "off"}, ()),
-    "crate-e": ({"model": "crate-e"}, ()),
-    "vit": ({"model": "vit"}, ()),
-    "crate, d = 768": ({"model": "crate", "width": 768}, ()),
+DEVICE, SMALL = "cpu", {"width": 48, "depth": 2, "batch_size": 16}  # on a GPU: "cuda", and the paper's sizes
+FAILED, MS, HOURS = [], {}, {}  # of the cases below, milliseconds a step
+CASES = {  # changes to the paper's setting: d = 384, L = 12, K = 6, N = 65, batch 128, bf16
+    "crate-c": {},
+    "crate-c, SRR last layer": {"srr_reg": 1e-3},
+    "crate-c, SRR all layers": {"srr_reg": 1e-3, "srr_layer": "all"},
+    "crate-c, dropout 0.1": {"dropout": 0.1},
+    "crate-c, fp16, clipped": {"amp": "fp16", "clip_norm": 1.0},
+    "crate-c, batch 64": {"batch_size": 64},
+    "crate-e": {"model": "crate-e"},
+    "vit": {"model": "vit"},
+    "crate, d = 768": {"model": "crate", "width": 768},
+    "crate, d = 768, batch 64": {"model": "crate", "width": 768, "batch_size": 64},
 }
+TINY, GRID = 12 * 200 * 391, 16 * 400 / 3 * 391  # steps of twelve runs of Section 6, and of sixteen of the grid: see main()
+STAGES = {  # steps of each case that PRESET=paper takes
+    "Table 2, for each data set": {"crate-c": TINY, "crate-c, SRR last layer": TINY},
+    "Table 3": {"crate-c": TINY / 2, "crate-e": TINY / 4, "vit": TINY / 4},
+    "Table 6": {"crate-c, SRR last layer": 7 / 4 * TINY},
+    "grid": {"crate-c": GRID, "crate-c, batch 64": 2 * GRID, "crate, d = 768": GRID, "crate, d = 768, batch 64": 2 * GRID},
+}
+NOISE = [np.random.default_rng(n).integers(0, 256, (n, 3, 32, 32), np.uint8) for n in (1340, 100)]
+DATASETS["noise"] = lambda data_dir: [x for images in NOISE for x in (images, images[:, 0, 0, 0] % 10)]
 
 
 def report(name, passed, detail=""):
@@ -46,66 +64,43 @@ def close(name, actual, expected, tolerance):
     report(name, error < tolerance, f"relative error {error:.1e} (< {tolerance:g})")
 
 
-def new_step(device=DEVICE, graph=True, **changes):
-    """A model and its training step at the paper's setting, and a random batch."""
+def new_step(device, rate=1e-4, **changes):
+    """A training step at the paper's setting, what it takes, and a function that sets the learning rate."""
     config = DEFAULTS | {"image_size": 32, "channels": 3, "classes": 10, "amp": "bf16" if device == "cuda" else "off"}
-    config |= {"graph": graph} | changes
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    config |= {"graph": True} | changes | SMALL
     torch.manual_seed(0)
-    model = model_of(config).to(device)
-    batch = torch.randn(config["batch_size"], 3, 32, 32), torch.randint(10, (config["batch_size"],))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=device == "cuda")
-    if device == "cuda":
-        for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(1e-4, device=device)
+    model, rate = model_of(config).to(device).train(), torch.tensor(rate, device=device)
+    images, labels = torch.randn(config["batch_size"], 3, 32, 32), torch.randint(10, (config["batch_size"],))
+    layers = srr_layers(config["srr_layer"], config["depth"], 1)[0] if config["srr_reg"] else ()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, capturable=device == "cuda")
+    optimizer.param_groups[0]["lr"] = rate
     scaler = torch.amp.GradScaler(device, enabled=config["amp"] == "fp16")
-    return model.train(), step_of(config, model, optimizer, scaler), [tensor.to(device) for tensor in batch]
+    step = crate.training.step_of(config, model, optimizer, scaler)
+    return step, (images.to(device), labels.to(device), 1.0, layers), rate.fill_
 
 
 def kernel():
     """Which attention kernel is chosen, and how many weights its dropout really drops."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    names = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype, coarse in ((torch.bfloat16, 1 / 256), (torch.float32, 0.002)):  # flash draws eight bits for each weight
+        zeros = torch.zeros(512, 6, 64, 64, device=DEVICE, dtype=dtype)
+        one = torch.eye(64, device=DEVICE, dtype=dtype).expand(512, 6, 64, 64).contiguous()
         for p in (0.0, 0.02, 0.1):
-            zeros = torch.zeros(512, 6, 64, 64, device=DEVICE, dtype=dtype)
-            one = torch.eye(64, device=DEVICE, dtype=dtype).expand(512, 6, 64, 64).contiguous()
-            chosen = names[torch._fused_sdp_choice(zeros, zeros, one, None, p, False)]
+            chosen = ("math", "flash", "efficient", "cudnn")[torch._fused_sdp_choice(zeros, zeros, one, None, p, False)]
             output = F.scaled_dot_product_attention(zeros, zeros, one, dropout_p=p)  # every weight is 1/64
             dropped, mean = (output == 0).double().mean().item(), 64 * output.double().mean().item()
-            coarse = 1 / 256 if dtype == torch.bfloat16 else 0.002  # flash draws eight bits for each weight
             right = abs(dropped - p) < coarse and abs(mean - 1) < 0.01
-            report(f"attention, {dtype}, p = {p}: {chosen},", right, f"dropped {dropped:.4f}, mean weight {mean:.4f}")
-
-
-def value_and_gradient(function, tokens):
-    tokens = tokens.clone().requires_grad_()
-    output = function(tokens)
-    weights = torch.sin(torch.arange(output.numel(), device=tokens.device)).view(output.shape).to(output)
-    return output.detach(), torch.autograd.grad((output * weights).sum(), tokens)[0]
+            report(f"attention, {dtype}, p = {p}, {chosen}:", right, f"dropped {dropped:.4f}, mean weight {mean:.4f}")
 
 
 def numerics():
-    """Float32 on this device against float64 on the CPU: rates, attention, every variant with SRR in its loss."""
-    torch.manual_seed(0)
-    Z, U = torch.randn(32, 65, 384, dtype=torch.float64), torch.linalg.qr(torch.randn(384, 384, dtype=torch.float64))[0]
-    functions = {
-        "R": lambda z: coding_rate(z, 6.0),
-        "R^c": lambda z: subspace_coding_rate(z, U.to(z), 6),
-        "exact gradient": lambda z: exact_gradient(z, U.to(z), 6),
-        "attention": lambda z: self_attention(split_heads(z, 6), 0.125),
-    }
-    for name, function in functions.items():
-        here, there = value_and_gradient(function, Z.float().to(DEVICE)), value_and_gradient(function, Z)
-        for part, actual, expected in zip(("value", "gradient"), here, there):
-            close(f"{name}: {part}", actual, expected, 1e-4)
+    """Float32 on this device against float64 on the CPU: every variant at d = 384, with SRR in its loss."""
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     for name in VARIANTS:
-        torch.manual_seed(0)
-        wide = build_model(name, image_size=32, patch_size=4, channels=3, classes=10, width=96, depth=4, heads=6).double()
-        narrow, results = copy.deepcopy(wide).float().to(DEVICE), []
-        for model, device, dtype in ((narrow, DEVICE, torch.float32), (wide, "cpu", torch.float64)):
-            layer = model.layers[2]
+        results = []
+        for device, dtype in ((DEVICE, torch.float32), ("cpu", torch.float64)):
+            torch.manual_seed(0)
+            model = build_model(name, image_size=32, patch_size=4, channels=3, classes=10, width=384, depth=4, heads=6)
+            layer = model.to(device, dtype).layers[2]
             with record([layer]) as (inputs, _):
                 logits = model(images.to(device, dtype))
             loss = F.cross_entropy(logits, labels.to(device))
@@ -113,87 +108,130 @@ def numerics():
             results.append((logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
         for part, actual, expected in zip(("logits", "gradients of Eq. 14"), *results):
             close(f"{name}: {part}", actual, expected, 1e-3)
-        if DEVICE == "cuda":
-            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-                close(f"{name}: logits in bf16", narrow(images.to(DEVICE)), results[1][0], 0.05)
-
-
-def nan():
-    """Tokens that are not finite become NaN, and only they; nothing is waited for."""
-    if DEVICE == "cpu":
-        return report("NaN travels: only on CUDA, a CPU raises", True)
-    Z = torch.randn(5, 65, 384, device=DEVICE)
-    Z[1, 3, 4], Z[3] = math.nan, Z[3] * 1e30
-    U = torch.eye(384, device=DEVICE)
-    for name, function in {"R": lambda z: coding_rate(z, 6.0), "R^c": lambda z: subspace_coding_rate(z, U, 6)}.items():
-        value, gradient = value_and_gradient(function, Z)
-        report(f"NaN travels, {name}", value.isfinite().tolist() == [True, False, True, True, True], str(value.tolist()))
 
 
 def steps():
-    """Twenty steps in float32 here and on the CPU, from the same weights: crate-c, small, SRR on both layers."""
+    """Forty steps in float32 here and on the CPU: two layers with SRR take turns, smaller batches between, a changing rate.
+
+    Then dropout at a learning rate of 0.
+    """
     losses = []
     for device in (DEVICE, "cpu"):
-        changes = dict(amp="off", width=48, depth=2, batch_size=64, srr_reg=0.01)
-        _, step, (images, labels) = new_step(device, **changes)
-        losses.append(torch.stack([step(images, labels, 1.0, (0, 1)) for _ in range(20)]).cpu())
-    close("20 steps: cross-entropy", losses[0][:, 0], losses[1][:, 0], 1e-4)
-    close("20 steps: SRR", losses[0][:, 2], losses[1][:, 2], 1e-3)
+        step, (images, labels, *_), set_rate = new_step(device, amp="off", width=48, depth=2, batch_size=64, srr_reg=0.01)
+        for i in range(40):
+            set_rate(1e-4 * (1 + i % 3))
+            some = slice(len(labels) - 7 * (i % 5 == 4))
+            losses.append(step(images[some], labels[some], 1.0, (i % 2,)).cpu())
+    here, there = torch.stack(losses).view(2, 40, 3)
+    close("40 steps: cross-entropy", here[:, 0], there[:, 0], 1e-4)
+    close("40 steps: SRR", here[:, 2], there[:, 2], 1e-3)
+    step, arguments, _ = new_step(DEVICE, rate=0.0, dropout=0.1)
+    losses = [step(*arguments)[0].item() for _ in range(WARM_UP + 1)]
+    for seed in (1, 1):
+        torch.manual_seed(seed)
+        losses += [step(*arguments)[0].item() for _ in range(2)]
+    report("dropout: replays differ, and agree after reseeding", losses[-4] != losses[-3] and losses[-4:-2] == losses[-2:])
 
 
-def waits():
-    """Launches and waits of a step before the capture and of a replay, as the profiler sees them."""
-    if DEVICE == "cpu":
-        return report("waits in a step: only on CUDA", True)
-    for name, (changes, layers) in CASES.items():
-        _, step, batch = new_step(**changes)
-        for kind, before in (
-            ("a step without graph", 2),
-            ("a replay", 2),
-        ):  # 3 steps, the last one profiled, before the capture
-            for _ in range(before):
-                step(*batch, 1.0, layers)
-            torch.cuda.synchronize()
-            activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-            with torch.profiler.profile(activities=activities) as profile:
-                step(*batch, 1.0, layers)
-            calls = {e.key: e.count for e in profile.key_averages() if e.key.startswith("cu")}
-            waiting = sum(calls.get(key, 0) for key in ("cudaStreamSynchronize", "cudaFree", "cudaMemcpy"))
-            launches = sum(count for key, count in calls.items() if "Launch" in key)
-            report(f"waits in {kind}, {name}", waiting == 0, f"{waiting} waits, {launches} launches")
+def trained(config, folder, killed=""):
+    """Train as the config says, JSON; print what is reserved after each epoch; where `killed`, end after the first one."""
+    save = crate.training.save_checkpoint
+
+    def saved(path, content):
+        save(path, content)
+        if path.name == "last.pt":
+            print(f"epoch {content['epoch']}: {torch.cuda.memory_reserved() / 2**20:.0f} MiB reserved", flush=True)
+            if killed:
+                signal.raise_signal(signal.SIGKILL)
+
+    crate.training.save_checkpoint = saved
+    crate.training.train(json.loads(config), folder, show_progress=False)
+
+
+def training():
+    """Two epochs: augmentation, random layers with SRR, the stopping criterion; killed and resumed; then all measures."""
+    flags = {"dataset": "noise", "epochs": 2, "batch_size": 32, "srr_reg": 1e-3, "srr_layer": "random", "stop_at_loss": 1e-9}
+    where = {"preset": "paper", "device": torch.device(DEVICE), "amp": "bf16" if DEVICE == "cuda" else "off"}
+    (config,) = resolve(flags | SMALL, **where, data_dir=Path("data"), graph=True, save_every=0.0, processes=1).values()
+    with tempfile.TemporaryDirectory() as name:
+        folder, data, reserved = Path(name), data_of(config, device=DEVICE), []
+        code = "import sys, gpu_check; gpu_check.trained(*sys.argv[1:])"
+        command = [sys.executable, "-c", code, json.dumps(config), name, "killed"]
+        child = subprocess.run(command, cwd=ROOT / "tests", stderr=subprocess.PIPE, text=True)
+        report("training, killed after an epoch", child.returncode == -signal.SIGKILL, child.stderr.strip().split("\n")[-1])
+        trained(json.dumps(config), name)
+        losses = [row.get("train_loss", 0.0) for row in read_log(folder)]
+        report("training, resumed", len(losses) == 3 and 0 < sum(losses) < float("inf"), f"losses {losses[1:]}")
+        for epoch in range(9):
+            list(batches(data, 128, 0, epoch, augment=True))
+            reserved.append(torch.cuda.memory_reserved() // 2**20)
+        report("training, memory of nine epochs' augmentation", reserved[8] == reserved[1], f"{reserved} MiB reserved")
+        began, (_, _, model, initial) = time.perf_counter(), load_run(folder, DEVICE)
+        failed = measure(model, initial, data, list(GROUPS), 10_000 if DEVICE == "cuda" else 20)["failed"]
+        HOURS["measures of 64 models"] = (time.perf_counter() - began) * 64 * 10_000 / 1340 / 3600
+        report("training, measures", not failed, str(failed or ""))
 
 
 def timing():
-    """Milliseconds a step, the host alone, seconds of the first ten, peak memory: eager and graphed."""
-    count = 50 if DEVICE == "cuda" else 2
-    print("| case | step | ms a step | host alone | first 10, s | peak MiB |\n| --- | --- | --- | --- | --- | --- |")
-    for name, (changes, layers) in CASES.items():
-        for kind in ("eager", "graph") if DEVICE == "cuda" else ("eager",):
-            _, step, batch = new_step(graph=kind != "eager", **changes)
-            if DEVICE == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+    """Of a step, eager and graphed: milliseconds, the host alone, peak memory, launches, waits."""
+    print("| case | step | ms a step | host alone | first 10, s | peak MiB | launches | waits |\n|" + " --- |" * 8)
+    for name, kind in ((name, kind) for name in CASES for kind in ("eager", "graph")):
+        step, arguments, _ = new_step(DEVICE, **CASES[name], graph=kind == "graph")
+        times = []
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for count in (10, 50):
             began = time.perf_counter()
-            for _ in range(10 if DEVICE == "cuda" else 1):
-                result = step(*batch, 1.0, layers)
-            result.sum().item()
-            first, host, began = time.perf_counter() - began, 0.0, time.perf_counter()
             for _ in range(count):
-                called = time.perf_counter()
-                result = step(*batch, 1.0, layers)
-                host += time.perf_counter() - called
+                result = step(*arguments)
+            host = time.perf_counter() - began
             result.sum().item()
-            ms, peak = 1e3 * (time.perf_counter() - began) / count, 0
-            if DEVICE == "cuda":
-                peak = torch.cuda.max_memory_allocated() / 2**20
-            print(f"| {name} | {kind} | {ms:.2f} | {1e3 * host / count:.2f} | {first:.1f} | {peak:.0f} |", flush=True)
+            times.append(time.perf_counter() - began)
+        MS[name], peak = 20 * times[1], torch.cuda.max_memory_allocated() / 2**20
+        with torch.profiler.profile() as profile:
+            step(*arguments)
+        calls = {e.key: e.count for e in profile.key_averages() if e.key.startswith("cu")}
+        waiting = sum(calls.get(key, 0) for key in ("cudaStreamSynchronize", "cudaFree", "cudaMemcpy"))
+        launches = sum(count for key, count in calls.items() if "Launch" in key)
+        numbers = f"{MS[name]:.2f} | {20 * host:.2f} | {times[0]:.1f} | {peak:.0f} | {launches} | {waiting}"
+        print(f"| {name} | {kind} | {numbers} |", flush=True)
+        FAILED.extend([f"{name}, {kind}: {waiting} waits in a step"] if waiting else [])
 
 
-CHECKS = {"kernel": kernel, "numerics": numerics, "nan": nan, "steps": steps, "waits": waits, "time": timing}
+CHECKS = {check.__name__: check for check in (kernel, numerics, steps, training, timing)}
+
+
+def main():
+    global DEVICE
+    parser, began = Parser(__doc__), time.perf_counter()
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"some of {' '.join(CHECKS)} (default: all)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where present)")
+    arguments = parser.parse_args()
+    DEVICE = resolve_device(arguments.device).type
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as training does
+    card = "no GPU, or not asked for: small models on the CPU, compared with the CPU"
+    if DEVICE == "cuda":
+        SMALL.clear()
+        query = subprocess.getoutput("nvidia-smi --query-gpu=memory.total,driver_version --format=csv,noheader 2>&1")
+        card = f"{torch.cuda.get_device_name()} (memory, driver: {query})"
+    commit = subprocess.getoutput(f"git -C '{ROOT}' describe --always --dirty 2>&1")
+    print(f"{card}; torch {torch.__version__}, CUDA {torch.version.cuda}; commit {commit}")
+    for name in arguments.checks or CHECKS:
+        print("==", name)
+        try:
+            CHECKS[name]()
+        except Exception as error:  # whatever it is, the other checks go on
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            report(f"{name}: {type(error).__name__} in {line.filename}, line {line.lineno}:", False, one_line(error))
+    if len(MS) == len(CASES):
+        HOURS.update({stage: sum(MS[case] * count for case, count in cases.items()) / 3.6e6 for stage, cases in STAGES.items()})
+    # Of the grid 100 of at most 300 epochs, and a third more: a forward pass of all training images an epoch.
+    for stage, hours in HOURS.items() if DEVICE == "cuda" else ():
+        print(f"PRESET=paper, {stage}: {hours:.1f} hours")
+    print(f"{time.perf_counter() - began:.0f} s in all")
+    print(f"VERDICT: {len(FAILED)} failed: {'; '.join(FAILED)}" if FAILED else "VERDICT: ok")
+    return int(bool(FAILED))
+
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}")
-    for name in sys.argv[1:] or CHECKS:
-        print("==", name)
-        CHECKS[name]()
-    print(f"{len(FAILED)} failed: {', '.join(FAILED)}" if FAILED else "all ok")
-    sys.exit(bool(FAILED))
+    run(main)

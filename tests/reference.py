@@ -258,7 +258,7 @@ def orthonormal(d):
 
 def assert_close(actual, expected, tolerance):
     """Same shape, and nowhere further apart than `tolerance` times the largest expected value (or 1e-3, if that is larger)."""
-    actual, expected = (torch.as_tensor(values, dtype=torch.float64).detach() for values in (actual, expected))
+    actual, expected = (torch.as_tensor(values, dtype=torch.float64, device="cpu").detach() for values in (actual, expected))
     assert actual.shape == expected.shape
     difference = (actual - expected).abs().max().item()
     assert difference <= tolerance * max(expected.abs().max().item(), 1e-3)  # a NaN fails too

@@ -170,6 +170,11 @@ def test_one_run_without_srr_and_a_seed_of_its_own(seed):
     assert set(srr_layers("random", 3, 100)) == {(0,), (1,), (2,)}
 
 
+def test_the_device_decides_the_preset(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "preset laptop: digits, on cpu" in script("train", "--device", "cpu", "--epochs", 0, "--out", tmp_path)[1]
+
+
 def test_drawn_settings():
     flags = dict(model=["crate", "vit"], lr=[1e-3, 1e-1], dropout=[0.0, 0.5], weight_decay=[0.0, 0.1], batch_size=[8, 16])
     found = runs_of(draw=20, **flags)
@@ -306,6 +311,7 @@ def test_ranks_without_torchrun(tmp_path):
         ("--lr 0", "--lr"),
         ("--lr 1e-3 1.0000001e-3", "crate-c_d12; too close"),
         ("--device warp", "--device warp; cpu"),
+        ("--device cuda", "--device cuda: can't be used here (; cpu"),  # and torch's reason
         ("--train-subset 5000", "--train-subset 5000; 500"),
         ("--out /proc/nowhere", "/proc/nowhere"),
         ("--out ~nosuchuser/x", "--out; ~nosuchuser/x; no such user"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from crate.kernels import LARGE, dropout, dropout_factors, self_attention
+from crate.kernels import LARGE, dropout, dropout_factors, graphed, self_attention
 from crate.rates import merge_heads, split_heads
 from tests import reference
 from tests.reference import assert_close
@@ -91,6 +91,21 @@ def test_dropout_factors(p):
     together = (1 - places).T @ (1 - places) / len(places)
     for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
         assert abs(together[i, j].item() - rounded**2) < 5 * math.sqrt(rounded**2 / len(places)) + 5 / len(places)
+
+
+@pytest.mark.cuda
+def test_a_step_that_cant_be_captured_runs_as_it_is():
+    weights, calls, stream = torch.tensor([2.0], device="cuda"), [], torch.cuda.current_stream()
+
+    def step(images, labels):
+        calls.append((images * weights).sum().item())  # waits, which a capture forbids
+        return images * weights
+
+    with pytest.warns(UserWarning, match="no CUDA graph.*capturing") as warnings:
+        run = graphed(step)
+        results = [run(image, image) for image in torch.arange(9.0, device="cuda").split(1)]
+    assert len(warnings) == 1 and len(calls) == 9 and torch.cuda.current_stream() == stream
+    assert torch.cat(results).tolist() == [2.0 * i for i in range(9)]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])

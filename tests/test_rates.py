@@ -19,23 +19,26 @@ def tokens_of(shape, dtype=torch.float64):
     return torch.randn(shape, dtype=dtype, requires_grad=True)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rates_and_their_gradients(shape, dtype, tolerance):
-    Z, U = tokens_of(shape), torch.randn(12, 12, dtype=torch.float64, requires_grad=True)
-    narrow, narrow_U = (tensor.detach().to(dtype).requires_grad_() for tensor in (Z, U))
+ON_CUDA = pytest.param("cuda", torch.float32, 1e-4, marks=pytest.mark.cuda)
+
+
+@pytest.mark.parametrize("device, dtype, tolerance", [("cpu", torch.float64, 1e-10), ("cpu", torch.float32, 1e-4), ON_CUDA])
+@pytest.mark.parametrize("shape", [*SHAPES, (8, 65, 384)], ids=str)
+def test_rates_and_their_gradients(shape, device, dtype, tolerance):
+    Z, U = tokens_of(shape), (torch.randn(2 * shape[-1:], dtype=torch.float64) / shape[-1] ** 0.5).requires_grad_()
+    narrow, narrow_U = (tensor.detach().to(device, dtype).requires_grad_() for tensor in (Z, U))
     upstream = torch.rand(shape[:-2], dtype=torch.float64)
 
     expected, rate = reference.coding_rate(Z, 0.7), coding_rate(narrow, 0.7)
     assert rate.dtype == dtype
     assert_close(rate, expected, tolerance)
-    (gradient,) = torch.autograd.grad(rate, narrow, upstream.to(dtype))
+    (gradient,) = torch.autograd.grad(rate, narrow, upstream.to(narrow))
     assert_close(gradient, torch.autograd.grad(expected, Z, upstream)[0], tolerance)
 
     expected = reference.subspace_coding_rate(Z, U, HEADS, 1.3)
     compressed = subspace_coding_rate(narrow, narrow_U, HEADS, 1.3)
     assert_close(compressed, expected, tolerance)
-    gradients = torch.autograd.grad(compressed, (narrow, narrow_U), upstream.to(dtype))
+    gradients = torch.autograd.grad(compressed, (narrow, narrow_U), upstream.to(narrow))
     for actual, wanted in zip(gradients, torch.autograd.grad(expected, (Z, U), upstream)):
         assert_close(actual, wanted, tolerance)
 
@@ -133,6 +136,14 @@ def test_tokens_that_are_not_finite(rate, shape, value):
     Z[(-1,) * len(shape)] = value
     with pytest.raises(ValueError, match="not finite"):
         rate(Z)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rate", [lambda Z: coding_rate(Z, 6.0), subspace_gradient], ids=["rate", "gradient"])
+def test_on_cuda_what_is_not_finite_becomes_nan_and_only_that(rate):
+    Z = torch.randn(5, 65, 384, device="cuda")
+    Z[1, 3, 4], Z[3] = math.nan, Z[3] * 1e30
+    assert rate(Z).isfinite().view(5, -1).all(1).tolist() == [True, False, True, True, True]
 
 
 def test_log_approximations():
