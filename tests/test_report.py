@@ -1,8 +1,5 @@
 """crate.report: run folders become tables, tables a report. tests/test_results.py rebuilds the published reports."""
 
-from contextlib import redirect_stderr
-from io import StringIO
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +8,7 @@ from scipy import stats
 from crate import figures, page, ranks
 from crate.model import VARIANTS, Variant
 from crate.runs import read_log, read_run
-from tests.conftest import assert_refused, run_script
+from tests.conftest import assert_refused
 from tests.processes import SMALL
 
 EXPERIMENTS = {
@@ -22,24 +19,17 @@ EXPERIMENTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def reported(tmp_path_factory):
-    """(the folder of runs with three seeds each, what the report said on stderr)."""
-    runs = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, flags in EXPERIMENTS.items():
-            assert run_script(monkeypatch, "train", *SMALL, *flags, "--seed", 0, 1, 2, "--out", runs / name) == 0
-        empty, torn, unfinished = sorted((runs / "grid").iterdir())
-        (empty / "result.json").write_text("{")
-        (torn / "log.jsonl").write_text('{"epoch": 0}\n{"epo')
-        (unfinished / "result.json").unlink()
-        with redirect_stderr(StringIO()) as stderr:
-            assert run_script(monkeypatch, "crate.report", runs) == 0
-    return runs, stderr.getvalue()
-
-
-def test_tables_hold_what_the_runs_say(reported):
-    runs, stderr = reported
+def test_the_report_says_what_the_runs_say(script, tmp_path):
+    """Three seeds each. A run that can't be read is named and left out."""
+    runs = tmp_path / "runs"
+    for name, flags in EXPERIMENTS.items():
+        assert script("train", *SMALL, *flags, "--seed", 0, 1, 2, "--out", runs / name)[0] == 0
+    empty, torn, unfinished = sorted((runs / "grid").iterdir())
+    (empty / "result.json").write_text("{")
+    (torn / "log.jsonl").write_text('{"epoch": 0}\n{"epo')
+    (unfinished / "result.json").unlink()
+    code, _, stderr = script("crate.report", runs)
+    assert code == 0
     empty, torn = stderr.strip().splitlines()
     assert "left out: " in empty and "_s0/result.json" in empty and "_s1: Unterminated" in torn
     table, layers, operators = (pd.read_csv(runs / f"results/{name}.csv") for name in ("runs", "layers", "operators"))
@@ -53,9 +43,6 @@ def test_tables_hold_what_the_runs_say(reported):
     # 6 trained runs without SRR in the loss, 6 at initialisation; epochs 0, 2, 3; two layers; for operators, four points.
     assert len(layers) == 2 * 2 * (6 * 3 + 6) and len(operators) == 2 * 4 * (6 * 2 + 6)
 
-
-def test_what_the_report_says(reported):
-    runs, _ = reported
     text = (runs / "results/REPORT.md").read_text()
 
     def cells(begin):
