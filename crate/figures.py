@@ -195,28 +195,34 @@ def forest(taus, path, *, label):
 
 
 def agreement(taus, path, *, label):
-    """tau with its interval for several sets of models, and together in the last line (the results page).
+    """tau with its interval for several sets of models, and together (the results page).
 
-    taus: {title of panel: {set: (tau, low, high), or None where it has too few pairs}}.
+    taus: {title of panel: {set: ((tau, low, high), another such), each None where there is none}}; the second is hollow.
     """
     lines = [*next(iter(taus.values()))]
-    figure, axes = grid(len(taus), len(taus), width=2.6, height=3.4, sharex=True, sharey=True)
+    figure, axes = grid(len(taus), len(taus), width=2.6, height=0.9 + 0.36 * len(lines), sharex=True, sharey=True)
     for axis, (title, numbers) in zip(axes, taus.items()):
-        for y, name in enumerate(lines):
-            colour = GREY if y == len(lines) - 1 else COLOURS["crate-n" if name.startswith("CIFAR") else "crate-c"]
-            if numbers[name] is None:
+        for y, line in enumerate(lines):
+            together = line.startswith("together")
+            colour = "black" if together else COLOURS["crate-n" if line.startswith("CIFAR") else "crate-c"]
+            for estimate, place, face in zip(numbers[line], (y, y + 0.28), (colour, "white")):
+                if estimate:
+                    tau, low, high = estimate
+                    axis.plot([low, high], [place, place], color=colour, linewidth=2 if face == colour else 1)
+                    axis.plot(tau, place, "D" if together else "o", color=colour, markerfacecolor=face)
+            if numbers[line][0] is None:
                 axis.text(0, y, " too few pairs", va="center", fontsize=8, color=GREY)
-                continue
-            tau, low, high = numbers[name]
-            axis.plot([low, high], [y, y], color=colour, linewidth=2)
-            axis.plot(tau, y, "D" if y == len(lines) - 1 else "o", color=colour)
-        axis.text(tau, y + 0.35, f"{tau:.2f} [{low:.2f}, {high:.2f}]".replace("-", "−"), ha="center", va="top", fontsize=9)
+            elif together:
+                text = "{:.2f} [{:.2f}, {:.2f}]".format(*numbers[line][0]).replace("-", "−")
+                axis.text(0.1, y + 0.22, text, ha="center", va="top", fontsize=9, fontweight="bold")
+                axis.axhline(y - 0.5, color="0.8", linewidth=0.8)
+                axis.axhline(y + 0.75, color="0.8", linewidth=0.8)
         axis.axvline(0, color=GREY, linewidth=0.8)
-        axis.axhline(len(lines) - 1.5, color="0.8", linewidth=0.8)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=10)
         axis.grid(axis="x", alpha=0.3)
         axis.tick_params(axis="y", length=0)
-    axes[0].set(xlim=(-0.75, 0.95), ylim=(len(lines) - 0.2, -0.6))
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    axes[0].set(xlim=(-0.75, 1.05), xticks=(-0.5, 0, 0.5, 1), ylim=(len(lines) - 0.2, -0.6))
     axes[0].set_yticks(range(len(lines)), lines, fontsize=9)
     figure.supxlabel(label, fontsize=9)
     save(figure, path)
@@ -227,25 +233,27 @@ def pushed(changes, slopes, path):
 
     changes: {title: rows {model, srr_reg, seed, srr, gap}}; slopes: {title: % of gap per % of SRR where nobody pushed}.
     """
-    figure, axes = grid(len(changes), len(changes), width=4.4, height=3.8, sharey=True)
+    figure, axes = grid(len(changes), len(changes), width=4.6, height=4, sharey=True)
     for axis, (title, rows) in zip(axes, changes.items()):
-        colours = colours_of(rows["model"].unique())
-        for model, own in rows.groupby("model"):
+        models = sorted(rows["model"].unique(), key=lambda model: [*COLOURS, model].index(model))
+        for model, colour in colours_of(models).items():
+            own = rows[rows["model"] == model]
             line = sorted((of_eta["srr"].mean(), *mean_interval(of_eta["gap"])) for _, of_eta in own.groupby("srr_reg"))
             x, y, low, high = np.array([*line, (0, 0, 0, 0)]).T
             order = np.argsort(x)
-            axis.plot(x[order], y[order], color=colours[model], linewidth=1.2)
-            axis.errorbar(x, y, [y - low, high - y], fmt="o", color=colours[model], markersize=4, label=model)
-        for _, of_eta in rows.groupby("srr_reg"):
-            mean, low, high = mean_interval(
-                of_eta.pivot(index="seed", columns="model", values="gap").mean(axis=1, skipna=False)
-            )
-            x = of_eta.groupby("model")["srr"].mean().mean()
-            axis.errorbar(x, mean, [[mean - low], [high - mean]], fmt="D", color="black", markersize=6, linewidth=2)
+            axis.plot(x[order], y[order], color=colour, linewidth=1.2)
+            axis.errorbar(x, y, [y - low, high - y], fmt="o", color=colour, markersize=4, label=model)
+        gaps = rows.pivot(index=["srr_reg", "seed"], columns="model", values="gap").mean(axis=1, skipna=False)
+        srr = rows.groupby(["srr_reg", "model"])["srr"].mean().groupby("srr_reg").mean()
+        for name, (eta, own) in zip(["mean of the types", *[None] * len(srr)], gaps.groupby("srr_reg")):
+            mean, low, high = mean_interval(own)
+            diamond = dict(fmt="D", color="black", markersize=6, linewidth=2, label=name)
+            axis.errorbar(srr[eta], mean, [[mean - low], [high - mean]], **diamond)
         for line in axis.axhline, axis.axvline:
             line(0, color=GREY, linewidth=0.8)
-        axis.axline((0, 0), slope=slopes[title], color=GREY, linestyle="--", linewidth=1)
-        axis.set_title(f"{title}; diamonds: mean of the types;\ndashed: models of one type that nobody pushed", fontsize=9)
+        dashed = dict(color=GREY, linestyle="--", linewidth=1, label="models of one type that nobody pushed")
+        axis.axline((0, 0), slope=slopes[title], **dashed)
+        axis.set_title(f"{title}: {rows['seed'].nunique()} seeds", fontsize=10)
         axis.set_xlabel("change of SRR through the loss (%)")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("change of the gap (%)")

@@ -142,7 +142,7 @@ def pooled(taus, spreads):
 
     taus (sets, 1 + R): each set's tau and its resamples; spreads (sets,): see `spread`. Weights are 1 / spread^2.
     """
-    weights, taus = np.power(spreads, -2.0), np.array(taus)
+    weights, taus = np.power(spreads, -2.0) if len(taus) > 1 else np.ones(1), np.array(taus)
     taus = np.where(np.isfinite(taus), taus, taus[:, :1])  # a resample without a pair
     together = weights @ taus / weights.sum()
     Q = weights @ (taus[:, 0] - together[0]) ** 2

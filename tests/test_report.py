@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from crate import figures, page, ranks
+from crate import figures
 from crate.model import VARIANTS, Variant
 from crate.runs import read_log, read_run
 from tests.conftest import assert_refused
@@ -107,38 +107,6 @@ def test_an_invented_type_is_everywhere(script, monkeypatch, tmp_path):
     assert script("crate.report", "--results", results)[0] == 0
     renamed = (results / "REPORT.md").read_text()
     assert renamed.startswith("# Report: my photographs\n") and renamed.count("crate-half") == text.count("crate-half")
-
-
-def test_the_results_page(script, tmp_path):
-    """Two data sets of two widths; random settings of a rate each; the push of one model type."""
-    rng, rows = np.random.default_rng(0), []
-    for k in range(96):
-        lr = (1e-3, 3e-3)[k % 2]
-        rows.append(
-            {"model": "crate-c" if k % 4 < 2 else "crate", "width": 48 + k // 48 * 48, "lr": lr, "reached_target": k > 0}
-        )
-        rows[-1] |= dict(zip(page.MEASURES, rng.normal(size=11)), gap=rng.normal(), gap_accuracy=rng.normal())
-    grid = pd.DataFrame(rows).drop(columns=["baseline_type", "baseline_lr"])
-    study = grid[grid["width"] == 48].assign(lr=np.exp(rng.uniform(-7, -6.8, 48)))
-    runs = pd.DataFrame([(seed, eta) for seed in range(3) for eta in (-0.01, 0.0, 0.01)], columns=["seed", "srr_reg"])
-    runs = runs.assign(
-        experiment="intervention", model="crate", srr_layer="all", srr=30 - 900 * runs["srr_reg"], gap=1 + runs["seed"]
-    )
-    (tmp_path / "digits").mkdir()
-    for name, table in {"measures": grid, "study_measures": study, "runs": runs}.items():
-        table.to_csv(tmp_path / f"digits/{name}.csv", index=False)
-    assert script("crate.report", "--page", tmp_path) == (0, "", "")
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["srr_pushed.png", "srr_ranks.png"]
-    found = pd.read_csv(tmp_path / "page.csv", keep_default_na=False).set_index(["gap", "same", "measure", "models"])
-    own = grid.query("width == 48 and reached_target").assign(lr=grid["lr"])
-    (srr,) = ranks.correlate(own, ["model", "lr"], "gap", ["srr"], resamples=9)[:1]
-    for same, statistic in {"": "tau", "model": "tau_same_model", "model, lr": "tau_same_model_lr"}.items():
-        row = found.loc["gap", same, "srr", "digits, grid, d = 48"]
-        assert float(row["tau"]) == pytest.approx(srr[statistic], abs=1e-4)
-        assert (row["n"], row["pairs"]) == (47, srr[statistic.replace("tau", "pairs")])
-        together = found.loc["gap", same, "srr", "together"]
-        assert together["n"] == 47 + 48 + 47 and float(together["low"]) < float(together["tau"]) < float(together["high"])
-    assert_refused(script("crate.report", "--page", tmp_path / "none"), "--page", "digits or cifar10")
 
 
 def test_what_is_refused(script, tmp_path):

@@ -1,12 +1,16 @@
-"""The published results: every report is what its own tables say, byte for byte."""
+"""The published results: every report is what its own tables say, byte for byte, and so is every number of the page."""
 
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+
+from crate import page, ranks
+from tests.conftest import assert_refused
 
 ROOT = Path(__file__).parents[1]
 REPORTS = sorted(path.parent for path in ROOT.glob("results/*/runs.csv"))
@@ -38,3 +42,85 @@ def test_report_is_rebuilt_from_its_tables(script, tmp_path, folder):
         assert (results / name).read_bytes() == (folder / name).read_bytes(), name
     drawn, published = ({path.name for path in where.glob("figures/*.png")} for where in (results, folder))
     assert drawn == published
+
+
+NUMBER = r"-?\d+\.?\d*"
+THREE = rf"({NUMBER}) (?:points )?\[({NUMBER}), ({NUMBER})\]"
+# In no table: the paper's tau, the target, lambda, dropouts; tau of the digits' first two grids (commits 5c6145f, a06fbfb).
+GIVEN = {"0.445", "0.01", "0.1", "0.05", "0.02", "0.26", "0.33"}
+
+
+def shown(number, like):
+    """The number as text, with as many digits behind the point as `like` has."""
+    text = f"{number:.{len(like.partition('.')[2])}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def test_every_number_of_the_page_is_in_its_table():
+    """Numbers with their intervals are one row, or its negative; in a table one of what the row and the column are called."""
+    text = (ROOT / "results/README.md").read_text()
+    assert len(text.split()) <= 1000
+    table, wrong, seen = pd.read_csv(ROOT / "results/page.csv"), [], 0
+    for section in text.split("\n## ")[1:]:
+        rows, header = table[table["question"] == int(section[0])], []
+        rows = rows.assign(named=rows["quantity"] + ", " + rows["where"])
+        for line in re.sub(r"\n(?![|\n-])\s*", " ", section).splitlines():  # a line a bullet, or a row of a table
+            cells = [cell.strip() for cell in line.split("|")[1:-1]] or [line]
+            header = header if len(cells) == len(header) else cells
+            for title, cell in zip(header, cells):
+                own = rows[rows["of"].eq(cells[0])] if len(cells) > 1 else rows
+                for words in re.split("[,:] ", title) if len(cells) > 1 else ():
+                    own = own[own["named"].str.contains(words, regex=False)]
+                numbers = own[["number", "low", "high"]].to_numpy()
+                numbers = np.vstack([numbers, -numbers[:, [0, 2, 1]]])
+                known = {tuple(map(shown, three, found)) for found in re.findall(THREE, cell) for three in numbers}
+                alone = re.findall(rf"{NUMBER}(?= %)|(?<![-\w^.])(?<!= )-?\d+\.\d+", re.sub(THREE, "", cell))
+                known |= {shown(number, found) for found in alone for number, *_ in numbers if not np.isnan(number)} | GIVEN
+                wrong += [(title, cells[0], found) for found in [*re.findall(THREE, cell), *alone] if found not in known]
+                seen += len(alone) + len(re.findall(THREE, cell))
+    assert not wrong and seen > 70, wrong
+    first = table[table["quantity"] == "models that reached the target"]
+    reached = [(int(row["number"]), int(row["n"])) for _, row in first.iterrows()]
+    assert {(int(a), int(b)) for a, b in re.findall(r"(\d+) of (\d+)", text)} == set(reached)
+    attention = table[table["quantity"].str.startswith("change of R^c") & (table["of"] != "mean")]
+    assert len(attention) and (attention["low"] * attention["high"] > 0).all()  # "No interval of this table contains 0"
+
+
+def test_the_page_of_made_up_tables(script, tmp_path):
+    """Two widths; random settings of a rate each; one rate, three seeds a setting; the push of one model type."""
+    rng, rows = np.random.default_rng(0), []
+    for k in range(96):
+        setting = {"model": "crate-c" if k % 4 < 2 else "crate", "width": 48 + k // 48 * 48, "lr": (1e-3, 3e-3)[k % 2]}
+        rows.append(setting | {"batch_size": k, "reached_target": k > 0, "gap": rng.normal(), "gap_accuracy": rng.normal()})
+        rows[-1] |= {name: rng.normal() for name in page.MEASURES if name not in ("baseline_type", "baseline_lr")}
+    grid = pd.DataFrame(rows)
+    small = grid[grid["width"] == 48]
+    seeds = pd.concat([small.assign(lr=1e-3, reached_target=True, gap=small["gap"] + 0.1 * rng.normal(size=48)) for _ in "abc"])
+    runs = pd.DataFrame([(seed, eta) for seed in range(3) for eta in (-0.01, 0.0, 0.01)], columns=["seed", "srr_reg"])
+    runs = runs.assign(experiment="intervention", model="crate", width=48, depth=4, srr_layer="all", val_accuracy=0.5, run="",
+                       reached_target=True, srr=30 - 900 * runs["srr_reg"], gap=1 + runs["seed"])  # fmt: skip
+    (tmp_path / "digits").mkdir()
+    study = small.assign(lr=np.exp(rng.uniform(-7, -6.8, 48)))
+    for name, table in {"measures": grid, "study_measures": study, "rate_measures": seeds, "runs": runs}.items():
+        table.to_csv(tmp_path / f"digits/{name}.csv", index=False)
+    assert script("crate.report", "--page", tmp_path) == (0, "", "")
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["srr_pushed.png", "srr_ranks.png"]
+    found = pd.read_csv(tmp_path / "page.csv").set_index(["quantity", "of", "where"])
+    options = dict(same=[("model",), ("model", "lr")], resamples=9)
+    sets = {"grid": small[1:], "random": study[1:], "one rate": seeds, "one rate, d = 48, means": seeds}
+    for name, table in sets.items():
+        means, where = name.endswith("means"), f"digits, {name}, d = 48".replace("means, d = 48", "means")
+        rows = ranks.correlate(table, ["model", "lr", "batch_size"], "gap", ["srr"], means=means, **options)
+        for pairs, statistic in {
+            "all pairs": "tau",
+            "same type": "tau_same_model",
+            "same type and rate": "tau_same_model_lr",
+        }.items():
+            for of, row in zip(("SRR", "gap of another seed"), rows):
+                own = found.loc[f"tau, gap, {pairs}", of, where]
+                assert own["number"] == pytest.approx(row[statistic], abs=1e-4) and own["low"] < own["high"]
+                assert (own["n"], own["pairs"]) == (row["models"], row[statistic.replace("tau", "pairs")])
+    together = found.loc["tau, gap, same type", "SRR", "together"]
+    assert together["n"] == 47 + 48 + 47 and together["low"] < together["number"] < together["high"]
+    assert found.loc["pushed, eta = 0.01: SRR, %", "CRATE", "digits, d = 48"]["number"] == pytest.approx(-30)
+    assert_refused(script("crate.report", "--page", tmp_path / "none"), "--page", "digits or cifar10")
