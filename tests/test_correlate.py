@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import assert_refused
 from PIL import Image
 
 from crate import figures, ranks
+from tests.conftest import assert_refused
 
 AXES = ("model", "width", "lr", "dropout")
 FLAGS = ("--hyperparameters", "model", "lr", "dropout", "--resamples", 100)
