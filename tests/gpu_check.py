@@ -66,8 +66,8 @@ def close(name, actual, expected, tolerance):
 
 def new_step(device, rate=1e-4, **changes):
     """A training step at the paper's setting, what it takes, and a function that sets the learning rate."""
-    config = DEFAULTS | {"image_size": 32, "channels": 3, "classes": 10, "amp": "bf16" if device == "cuda" else "off"}
-    config |= {"graph": True} | changes | SMALL
+    config = DEFAULTS | {"image_size": 32, "channels": 3, "classes": 10, "amp": "bf16", "graph": True} | changes | SMALL
+    config["amp"] = config["amp"] if device == "cuda" else "off"
     torch.manual_seed(0)
     model, rate = model_of(config).to(device).train(), torch.tensor(rate, device=device)
     images, labels = torch.randn(config["batch_size"], 3, 32, 32), torch.randint(10, (config["batch_size"],))
