@@ -131,7 +131,7 @@ def train_all(job, configs, out, again, show_progress, gpus):
     device = runs.resolve_device(f"cuda:{job % gpus}") if gpus else None
     names = sorted(configs, key=lambda name: -configs[name]["parameters"] / configs[name]["batch_size"])
     for name in tqdm(names, desc="runs", unit="run", disable=job > 0 or rank > 0 or len(names) == 1 or None):
-        finished = (out / name / "result.json").exists()
+        finished = (out / name / "result.json").exists() and not again
         config = configs[name] | ({"device": str(device)} if gpus else {})
         try:
             result = train(config, out / name, show_progress and rank == 0, again)
