@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,7 @@ import time
 import pytest
 import torch
 
-from crate.cli import InputError
-from crate.runs import load_checkpoint, lock_holder, read_log, save_checkpoint, status
+from crate.runs import load_checkpoint, lock_holder, read_log, status
 from tests import processes
 from tests.conftest import assert_refused
 from tests.processes import ROOT, SMALL, SRR, Train, outcome, wait_until
@@ -88,8 +88,9 @@ def test_killed_inside_each_write(tmp_path, finish):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_to_run_all(tmp_path, number):
-    for name in ("run_all.sh", "requirements.txt", "train.py", "crate"):
+    for name in ("requirements.txt", "train.py", "crate"):
         (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "run_all.sh", tmp_path)  # which follows links to itself
     settings = {"PYTHON": sys.executable, "PRESET": "laptop", "JOBS": "2"}
     with open(tmp_path / "text", "w") as text:
         outputs = dict(stdout=text, stderr=text, start_new_session=True)
@@ -150,14 +151,6 @@ def test_refused_in_one_line_and_resumed(tmp_path, finish, flags, fault, words):
     (folder,) = out.iterdir()
     assert words in (folder / "error.txt").read_text() and status(folder)[0] == "failed"
     finish(out, "--epochs", 3, *flags)
-
-
-def test_damaged_checkpoints(tmp_path):
-    path = tmp_path / "last.pt"
-    save_checkpoint(path, {"weight": torch.randn(1000)})
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(InputError, match="last.pt: damaged"):
-        load_checkpoint(path)
 
 
 class Malicious:
