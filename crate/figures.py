@@ -214,7 +214,7 @@ def agreement(taus, path, *, label):
                 axis.text(0, y, " too few pairs", va="center", fontsize=8, color=GREY)
             elif together:
                 text = "{:.2f} [{:.2f}, {:.2f}]".format(*numbers[line][0]).replace("-", "−")
-                axis.text(0.1, y + 0.22, text, ha="center", va="top", fontsize=9, fontweight="bold")
+                axis.text(0.15, y + 0.25, text, ha="center", va="top", fontsize=9, fontweight="bold")
                 axis.axhline(y - 0.5, color="0.8", linewidth=0.8)
                 axis.axhline(y + 0.75, color="0.8", linewidth=0.8)
         axis.axvline(0, color=GREY, linewidth=0.8)

@@ -152,6 +152,8 @@ def eta_rows(runs, data):
     runs = runs[runs["experiment"].str.startswith(("table2", "intervention")) & ~runs["reached_target"].eq(False)]
     for (experiment, width), own in runs.query("model in @MAIN").groupby(["experiment", "width"]):
         what, layer = ("pushed", "all") if experiment == "intervention" else ("Table 2", "last")
+        if not own["srr_reg"].eq(0).any():
+            continue
         where, own = f"{data}, d = {width}", own[(own["srr_reg"] == 0) | (own["srr_layer"] == layer)]
         values = own.assign(points=100 * own["val_accuracy"]).set_index(["srr_reg", "seed", "model"]).sort_index()
         values = values[["srr", "gap", "points"]]

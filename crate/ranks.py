@@ -108,13 +108,17 @@ def other_seed(gap, setting):
 @np.errstate(invalid="ignore")
 def tau(agreed, i, j, draws, setting, group=None):
     """The mean of agreed (m, P) over pairs, in each group (P,), then over groups: (m, 1 + R), NaN where there is no pair."""
-    known, agreed = np.isfinite(agreed).astype(np.float32), np.nan_to_num(agreed)
-    groups = [slice(None)] if group is None else [group == level for level in np.unique(group)]
-    seeds = setting[i] == setting[j]  # a setting that is drawn twice has twice its pairs, not four times
+    low, high = np.sort([setting[i], setting[j]], axis=0)  # the pairs of two settings count alike: first their sums
+    _, first, place = np.unique(low * len(setting) + high, return_index=True, return_inverse=True)
+    known, agreed = (np.array([np.bincount(place, values) for values in rows], np.float32)
+                     for rows in (np.isfinite(agreed), np.nan_to_num(agreed)))  # fmt: skip
+    known, row = np.unique(known, axis=0, return_inverse=True)  # most measures lack none
+    i, j, seeds = i[first], j[first], (low == high)[first, None]  # seeds of one setting: drawn twice, they have two such pairs
+    groups = [slice(None)] if group is None else [group[first] == level for level in np.unique(group)]
     means, size = np.full((len(agreed), draws.shape[1]), math.nan), 1 + 20_000_000 // (1 + len(i))
     for block in (slice(start, start + size) for start in range(0, draws.shape[1], size)):
-        copies = draws[i, block] * np.where(seeds[:, None], 1, draws[j, block])  # (P, block); whole numbers, exact in float32
-        totals = [(agreed[:, own] @ copies[own]).astype(float) / (known[:, own] @ copies[own]) for own in groups]
+        copies = draws[i, block] * np.where(seeds, 1, draws[j, block])  # (settings' pairs, block); whole numbers, exact
+        totals = [(agreed[:, own] @ copies[own]).astype(float) / (known[:, own] @ copies[own])[row.ravel()] for own in groups]
         means[:, block] = finite_mean(np.array(totals))
     return means
 
