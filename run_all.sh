@@ -6,10 +6,11 @@
 # Every stage can be interrupted and run again: what is finished is not done twice. Results: runs/$PRESET/results/REPORT.md
 set -euo pipefail
 unset CDPATH PYTHONSAFEPATH # with these, cd prints, and Python doesn't find crate/
-cd "$(dirname "$(readlink -f "$0")")"
+cd "$(dirname "$0")"
 usual="setup attention layers train measure correlate report"
 stages=${*:-$usual} PRESET=${PRESET:-laptop}
 fail() { echo "run_all.sh: error: $*" >&2; exit 2; }
+[ -f train.py ] || fail "train.py isn't beside it; call it by its own path, not by a link"
 for stage in $stages; do case " $usual study test " in *" $stage "*) ;; *) fail "no stage '$stage'; choose from: $usual study test" ;; esac; done
 case $PRESET in laptop | cifar | paper) ;; *) fail "PRESET=$PRESET: must be laptop, cifar or paper" ;; esac
 case ${JOBS:-1} in *[!0-9]* | 0) fail "JOBS=$JOBS: must be a whole number, at least 1" ;; esac
@@ -27,9 +28,10 @@ if ! has "$python"; then
   fi
   python=.venv/bin/python
 fi
-device=$([ "$PRESET" = laptop ] && echo cpu || echo auto)
-JOBS=${JOBS:-$("$python" -c 'import sys, torch; from crate import cli, runs
-print(torch.cuda.device_count() if runs.resolve_device(sys.argv[1]).type == "cuda" else cli.cores())' $device)}
+gpu=$("$python" -c 'from crate.runs import resolve_device; print(resolve_device("auto").type)')
+if [ "$PRESET" = laptop ] || [ "$gpu" = cpu ]; then device=cpu workers='cli.cores()'; else device=cuda workers='torch.cuda.device_count()'; fi
+[ "$PRESET $device" != "paper cpu" ] || fail "PRESET=paper needs a GPU that torch can use (on a CPU it takes months); PRESET=cifar doesn't"
+JOBS=${JOBS:-$("$python" -c "import torch; from crate import cli; print($workers)")}
 # glibc's allocator gives memory back after every operation; asking for it again costs 5 to 20 % of a small model's time.
 export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
 
@@ -45,11 +47,14 @@ go() { # where something fails, what comes after it works on what is there
 }
 train() { go train.py --preset "$PRESET" --device $device --jobs "$JOBS" ${TRAIN_FLAGS:-} --out "$runs/$1" "${@:2}"; }
 measure() { go measure.py "$runs/$1" --out "$results/$2.csv" --device $device --jobs "$JOBS"; }
+correlate() { go correlate.py "$results/$1.csv" --out "$results/$2" --hyperparameters "${@:3}"; }
 
 runs=runs/$PRESET results=runs/$PRESET/results models="crate-c crate-n crate-t crate" others="crate-fix crate-identity crate-e vit"
+settings="model batch_size dropout weight_decay" # of the models of one learning rate
 size= # of the models of Section 6, if not the preset's
 etas="-0.01 -0.001 0 0.001 0.01" # of the intervention; a negative one that is larger may keep a model from fitting its data
-case $PRESET in # the grid of Section 5 (Table 4); the study's ranges, at random rates and at one; the layers of Table 6; patch and pictures of stage layers
+# The grid of Section 5 (Table 4); the study's ranges, at random rates and at one; Table 6's layers; patch, pictures of stage layers
+case $PRESET in
   laptop)
     grid="--width 48 96 --batch-size 32 128 --lr 1e-3 3e-3 --dropout 0 0.02 --epochs 400"
     study="--batch-size 16 32 64 128 --lr 7e-4 7e-3 --dropout 0 0.1 --weight-decay 0 0.1 --epochs 400"
@@ -73,7 +78,7 @@ for stage in $stages; do
   echo "== $stage ($PRESET, $JOBS processes)"
   began=$SECONDS
   case $stage in
-    setup) "$python" -c 'import sys, torch; print(f"python {sys.version.split()[0]}, torch {torch.__version__}, {sys.argv[1]}")' "$device" ;;
+    setup) "$python" -c 'import sys, torch; print("python", sys.version.split()[0], "torch", torch.__version__)' ;;
     attention) go attention_only.py --out "$results/attention_only" ;; # Figs. 1, 5
     layers) # Fig. 2's first curve, at the paper's width and depth: models at initialisation; a few images validate
       train layers --model $models crate-e --depth 12 --epochs 0 --log-srr-every 1 $layers --hold-out 0.02 ;;
@@ -84,31 +89,36 @@ for stage in $stages; do
       [ "$PRESET" != paper ] || train table2-cifar100 --dataset cifar100 --model $models --srr-reg 0 1e-3 --seed 0 1 2 # Fig. 3
       train grid --model $models $grid $until_low --seed own ;;                        # Tables 1, 4, 5; Figs. 4, 6
     measure) measure grid measures ;;
-    correlate)
-      go correlate.py "$results/measures.csv" --hyperparameters model batch_size lr dropout --by width \
-        --out "$results/correlation" ;;
+    correlate) correlate measures correlation model batch_size lr dropout --by width ;;
     report) go -m crate.report "$runs" ;;
     study) # goes further than the paper; then `report` shows it too
       train study --model $models --draw 40 $study $until_low --seed own
       train study --model $others --draw 10 $study $until_low --seed own
       measure study study_measures
-      go correlate.py "$results/study_measures.csv" --hyperparameters model batch_size lr dropout weight_decay \
-        --out "$results/study_correlation"
+      correlate study_measures study_correlation model batch_size lr dropout weight_decay
       train rate --model $models --draw 40 $rate $until_low --seed 0 1 2 # one learning rate, each setting with three seeds
       measure rate rate_measures
-      go correlate.py "$results/rate_measures.csv" --hyperparameters model batch_size dropout weight_decay \
-        --same model model,batch_size,dropout,weight_decay --out "$results/rate_correlation"
+      correlate rate_measures rate_correlation $settings --same model ${settings// /,}
+      correlate rate_measures rate_correlation/means $settings --same model --mean-over-seeds
       train intervention --model $models $until_low --log-srr-every 1000 --epochs 200 --srr-reg $etas --srr-layer last all \
         --seed $(seq -s " " 0 9)
-      if [ -n "$size" ]; then # at the preset's own size, too
-        train table2-small --model $models --srr-reg 0 1e-3 --seed $(seq -s " " 0 9)
+      if [ -n "$size" ]; then # at the preset's own size
+        train table2-small --model $models --srr-reg 0 1e-3 1e-2 --seed $(seq -s " " 0 9)
         train table2-small --model $others --seed $(seq -s " " 0 9)
-      fi
-      train table2 --model $models --srr-reg 0 1e-3 $size --seed $(seq -s " " 0 19) ;;
+      else # with the paper's search over eta
+        train table2 --model $models --srr-reg 0 1e-3 1e-2 1e-1 1 --seed $(seq -s " " 0 19)
+      fi ;;
     test) "$python" -m pytest -q ;;
   esac
   echo "== $stage took $((SECONDS - began)) s"
 done
 echo "== all took $SECONDS s"
 [ $python != .venv/bin/python ] || echo "To use what was installed in your own commands:   source .venv/bin/activate"
+[ "$PRESET $gpu" != "laptop cuda" ] || cat <<'END'
+There is a GPU. For the paper's sizes, in this order (estimates for an H100; an RTX 4090 takes twice as long):
+  python tests/gpu_check.py                    8 minutes; ends in a verdict and the hours on this card
+  python -m pytest -m cuda                     1 minute
+  PRESET=paper bash run_all.sh layers report   minutes
+  PRESET=paper bash run_all.sh                 21 hours
+END
 [ $failed = 0 ] || fail "$failed commands failed, see above; the same command again repeats what failed"
