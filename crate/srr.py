@@ -35,9 +35,8 @@ def parts(tokens, U, heads, gamma=1.0):
         raise ValueError(f"tokens must be (B, N, d), not {tuple(tokens.shape)}: of (B, H, W, d) take tokens.flatten(1, 2)")
     if U.dtype == torch.float64:
         tokens = tokens.double()
-    rate_subspaces = subspace_coding_rate(tokens, U, heads, gamma)
     rate = coding_rate(tokens, heads * gamma)
-    return Parts((tokens != 0).sum((-2, -1)).to(rate.dtype), rate_subspaces, rate)
+    return Parts((tokens != 0).sum((-2, -1)).to(rate.dtype), subspace_coding_rate(tokens, U, heads, gamma), rate)
 
 
 def srr(tokens, U, heads, *, sparsity=0.1, gamma=1.0, norm="l0"):
