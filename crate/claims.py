@@ -1,10 +1,12 @@
 """The claims of the paper and our own questions, the numbers that decide them on our runs, and a verdict by RULE. No torch."""
 
 import math
+import re
+from collections import Counter
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t, ttest_1samp
+from scipy.stats import linregress, t, ttest_1samp
 
 MAIN = ["crate-c", "crate-n", "crate-t", "crate"]  # the model types of Sections 4.3, 5 and 6
 TYPES = [*MAIN, "crate-fix", "crate-identity", "crate-e"]  # all that a claim speaks of
@@ -53,53 +55,32 @@ def claim(section, text, side, numbers, n):
     if not numbers:
         return []
     bounds = np.array([sorted((side * low, side * high)) for _, low, high in numbers.values()])
-    counts = {"holds": (bounds[:, 0] > 0).sum(), "contradicted": (bounds[:, 1] < 0).sum()}
-    some = [f"{word} in {count} of {len(numbers)}" for word, count in counts.items() if count]
-    every = [word for word, count in counts.items() if count == len(numbers)]
+    counts = {"contradicted": (bounds[:, 1] < 0).sum(), "holds": (bounds[:, 0] > 0).sum()}
+    every = len(numbers)
+    verdict = [word if count == every else f"{word} in {count} of {every}" for word, count in counts.items() if count]
     shown, before = [], ""
     for name, number in numbers.items():  # what two in a row are of, "d = 96: ", is said once
         words = name[: name.find(": ") + 2] if ": " in name else ""
         shown.append(f"{name.removeprefix(words) if words == before else name} {with_interval(*number)}".strip())
         before = words
     row = {"section": section, "claim": text, "claimed": "> 0" if side > 0 else "< 0", "numbers": "; ".join(shown), "n": n}
-    return [row | {"verdict": ", ".join(every or some or ["undecided"])}]
+    return [row | {"verdict": ", ".join(verdict) or "undecided"}]
 
 
 def over_seeds(section, text, side, values, *, tests=None, margin=None):
-    """The row of a claim about means over seeds. values: {name: a Series with a value per seed}; tests: how many numbers
-    share the 5 % (default: those of the row); margin: within which there is no effect, in points.
+    """The row of a claim about means over seeds. values: for each name a Series with a value per seed, in a dict or a DataFrame
+    (levels of its columns, such as sets and types, are joined); tests: how many numbers share the 5 % (default: those of the
+    row); margin: within which there is no effect, in points.
     """
-    values = {name: own.dropna() for name, own in values.items() if own.notna().any()}
+    values = {name if isinstance(name, str) else ": ".join(name): own.dropna() for name, own in values.items()}
+    values = {name: own for name, own in values.items() if len(own)}
     numbers = {name: mean_interval(own, 1 - 0.05 / (tests or len(values))) for name, own in values.items()}
     rows = claim(section, text, side, numbers, " or ".join(map(str, sorted({len(own) for own in values.values()}))) + " seeds")
     if margin and rows and rows[0]["verdict"] == "undecided":
         _, lows, highs = zip(*(mean_interval(own, 0.90) for own in values.values()))
         if min(lows) > -margin and max(highs) < margin:
-            rows[0]["verdict"] = f"no effect (within {margin:g} points)"
+            rows[0]["verdict"] = "no effect"
     return rows
-
-
-def over_sets(sets):
-    """The rows of claims about several sets of runs: a row a claim, the sets side by side. sets: {words: [(section, text, side,
-    values, tests, margin)]}, each as over_seeds takes them; the words go before the names of the values.
-    """
-    merged = {}
-    for words, of_set in sets.items():
-        for section, text, side, values, tests, margin in of_set:
-            known, counted = merged.get((section, text, side, margin), ({}, 0))
-            own = {": ".join(filter(None, (words, name))): series for name, series in values.items() if series.notna().any()}
-            merged[section, text, side, margin] = known | own, counted + (tests or len(own))
-    return [
-        row for (section, text, side, margin), (values, tests) in merged.items()
-        for row in over_seeds(section, text, side, values, tests=tests, margin=margin)
-    ]  # fmt: skip
-
-
-def kind(verdict):
-    """The entry of VERDICTS that a verdict is an instance of."""
-    if " in " in verdict:
-        return "contradicted in part" if "contradicted" in verdict else "holds in part"
-    return next(word for word in VERDICTS if verdict.startswith(word))
 
 
 def in_order(rows):
@@ -107,10 +88,10 @@ def in_order(rows):
     parts = {}
     for what, beyond in ("The paper's", False), ("Beyond the paper,", True):
         own = [row for row in rows if row["claim"].startswith(BEYOND) == beyond]
-        own.sort(key=lambda row: VERDICTS.index(kind(row["verdict"])))
-        count = {word: sum(kind(row["verdict"]) == word for row in own) for word in VERDICTS}
-        heading = f"{what} {len(own)} claims: " + ", ".join(f"{word} {number}" for word, number in count.items() if number)
-        parts |= {heading: own} if own else {}
+        kinds = [VERDICTS.index(re.sub(" in .*", " in part", row["verdict"])) for row in own]
+        counts = ", ".join(f"{VERDICTS[kind]} {number}" for kind, number in sorted(Counter(kinds).items()))
+        if own:
+            parts[f"{what} {len(own)} claims: {counts}"] = [own[i] for i in np.argsort(kinds, kind="stable")]
     return parts
 
 
@@ -125,38 +106,40 @@ def attention_claims(rates):
     return rows + over_seeds("4.1", text, +1, {"": change["softmax"].min(axis=1)})
 
 
-def initial_claims(layers, where):
-    """Section 4.3 at initialisation, from rows {seed, layer, srr} of the main types, over which the mean is taken."""
-    curves = layers.groupby(["seed", "layer"])["srr"].mean().unstack()  # (seeds, layers)
+def initial_claims(layers):
+    """Section 4.3 at initialisation, from rows {of, width, model, seed, layer, srr}: the main types' mean, smallest width."""
+    layers = layers[layers["model"].isin(MAIN)]
+    layers = layers[layers["width"] == layers["width"].min()]
+    curves = layers.groupby(["of", "seed", "layer"])["srr"].mean().unstack()  # (seeds, layers)
+    if curves.empty:
+        return []
     depth = max(curves)
     first, turn, last = curves[1], curves[max(1, 3 * depth // 4)], curves[depth]
-    lowest = f"{where} (lowest at layer {with_interval(*mean_interval(curves.idxmin(axis=1)), '.1f')})"
     text = "At initialisation SRR falls over the first three quarters of the layers (9 of 12)"
-    rows = over_seeds("4.3", text, -1, {where: turn - first})
+    rows = over_seeds("4.3", text, -1, (turn - first).unstack("of"))
     text = "At initialisation SRR rises over the last quarter of the layers"
-    return rows + over_seeds("4.3", text, +1, {lowest: last - turn})
+    return rows + over_seeds("4.3", text, +1, (last - turn).unstack("of"))
 
 
 def course_claims(layers):
-    """Section 4.3 along training, from rows {model, seed, epoch, layer, srr}: SRR rises from any logged epoch to the next."""
+    """Section 4.3 along training, from rows {of, model, seed, epoch, layer, srr}: SRR rises from a logged epoch to the next."""
     worst, tests = {}, 0
-    for model in MAIN:
-        own = layers[layers["model"] == model]
+    for (of, model), own in layers[layers["model"].isin(MAIN)].groupby(["of", "model"], sort=False):
         if model == "crate-c":  # the paper excepts its last few layers
             own = own[own["layer"] <= 3 * own["layer"].max() / 4]
         curves = own.pivot(index=["layer", "epoch"], columns="seed", values="srr").sort_index()
         steps = curves.groupby("layer").diff().dropna(how="all")  # a row per layer and step, a column per seed
         if len(steps):
             share = (steps > 0).sum().sum() / steps.count().sum()
-            worst[f"{model} ({share:.0%} rise)"] = steps.loc[steps.mean(axis=1).idxmin()]
+            worst[f"{of}: {model} ({share:.0%} rise)"] = steps.loc[steps.mean(axis=1).idxmin()]
             tests += len(steps)
     text = "Training raises SRR at every layer (but CRATE-C's last quarter), epoch after logged epoch: worst step"
-    return [("4.3", text, +1, worst, tests, None)]
+    return over_seeds("4.3", text, +1, worst, tests=tests)
 
 
 def operator_claims(changes):
     """What compresses in trained models (Section 4.3). changes: of R^c, mean over layers, columns after, after_equal_norm,
-    index (model, point, seed)."""
+    index (of, model, point, seed)."""
     rows = []
     for text, side, models, point, rate in (
         ("Attention raises R^c", +1, ["crate-c", "crate-t", "crate"], "compressed", "after"),
@@ -164,36 +147,32 @@ def operator_claims(changes):
         ("ISTA with its ReLU lowers R^c (conjecture)", -1, MAIN, "output", "after"),
         (BEYOND + "at equal norm of the tokens attention lowers R^c", -1, [*MAIN, "crate-e"], "compressed", "after_equal_norm"),
     ):
-        own = changes[rate].xs(point, level="point").unstack("model")
-        own = {model: own[model] for model in models if model in own}
-        rows.append(("4.3", f"{text} in trained models", side, own, None, None))
+        values = changes.loc[changes.index.isin([point], level="point") & changes.index.isin(models, level="model"), rate]
+        values = values.droplevel("point").unstack(["of", "model"])
+        rows += over_seeds("4.3", f"{text} in trained models", side, values)
     return rows
 
 
 def rank_claims(widths, others):
     """Section 5, from correlation.csv tables: {words: table} of each width; of all widths together and of random settings."""
-    smaller, larger = dict([*widths.items()][:1]), dict([*widths.items()][1:])
-    rows, psi = [], ["lead_psi_dropout", "lead_psi_model"]
-    for text, side, columns, tables, measures, gap in (
-        ("SRR correlates with the gap: tau", +1, ["tau"], widths, ["srr"], "gap"),
-        ("SRR has the highest tau: its lead over the closest rival", +1, ["lead"], widths, ["srr"], "gap"),
-        ("SRR wins on model types: its lead in psi over the closest rival", +1, psi[1:], smaller, ["srr"], "gap"),
-        ("Norms and path-norm correlate negatively: tau", -1, ["tau"], smaller, NORMS, "gap"),
-        ("1/margin and PAC-Bayes flatness correlate positively: tau", +1, ["tau"], smaller, FLATNESS, "gap"),
-        ("SRR is not the best on dropout and model types: its lead in psi", -1, psi, larger, ["srr"], "gap"),
-        (BEYOND + "SRR correlates over all widths, and at random settings: tau", +1, ["tau"], others, ["srr"], "gap"),
-        (BEYOND + "SRR ranks models of one type: tau", +1, ["tau_same_model"], widths | others, ["srr"], "gap"),
-        (BEYOND + "SRR ranks models of one type and rate: tau", +1, ["tau_same_model_lr"], widths | others, ["srr"], "gap"),
-        (BEYOND + "SRR correlates with the gap in accuracy: tau", +1, ["tau"], widths | others, ["srr"], "gap_accuracy"),
+    rows, every, smallest = [], widths | others, dict([*widths.items()][:1])
+    for text, side, column, tables, measures, gap in (
+        ("SRR correlates with the gap: tau", +1, "tau", widths, ["srr"], "gap"),
+        ("SRR has the highest tau: its lead over the closest rival", +1, "lead", widths, ["srr"], "gap"),
+        ("SRR wins on model types: its lead in psi over the closest rival", +1, "lead_psi_model", smallest, ["srr"], "gap"),
+        ("Norms and path-norm correlate negatively: tau", -1, "tau", smallest, NORMS, "gap"),
+        ("1/margin and PAC-Bayes flatness correlate positively: tau", +1, "tau", smallest, FLATNESS, "gap"),
+        (BEYOND + "SRR correlates over all widths, and at random settings: tau", +1, "tau", others, ["srr"], "gap"),
+        (BEYOND + "SRR ranks models of one type: tau", +1, "tau_same_model", every, ["srr"], "gap"),
+        (BEYOND + "SRR ranks models of one type and rate: tau", +1, "tau_same_model_lr", every, ["srr"], "gap"),
+        (BEYOND + "SRR correlates with the gap in accuracy: tau", +1, "tau", every, ["srr"], "gap_accuracy"),
     ):
         numbers, models = {}, {}
         for where, table in tables.items():
             for row in table[table["measure"].isin(measures) & table["gap"].eq(gap)].to_dict("records"):
-                for column in columns:
-                    if np.isfinite(row.get(column, math.nan)):
-                        one = column.removeprefix("lead_psi_") if len(columns) > 1 else row["measure"]
-                        numbers[where if len(columns) == len(measures) == 1 else f"{where}: {one}"] = interval_of(row, column)
-                        models[row["models"]] = True
+                if np.isfinite(row.get(column, math.nan)):
+                    numbers[where if len(measures) == 1 else f"{where}: {row['measure']}"] = interval_of(row, column)
+                    models[row["models"]] = True
         rows += claim("5", text, side, numbers, " / ".join(map(str, models)) + " models")
     return rows
 
@@ -205,6 +184,16 @@ def slopes(runs):
     return ((srr * gap).groupby(keys).sum() / (srr**2).groupby(keys).sum()).unstack("model")
 
 
+def changes(plain, pushed):
+    """What eta changes SRR and the gap by, paired by seed, in % of their type's mean without.
+
+    plain, pushed: rows {model, seed, srr_reg, srr, gap} of eta = 0 and of others. Returns such rows.
+    """
+    own = pushed.merge(plain[["model", "seed", "srr", "gap"]], on=["model", "seed"], suffixes=("", "_0"))
+    means = plain.groupby("model")[["srr", "gap"]].mean().loc[own["model"]]
+    return own.assign(**{name: 100 * (own[name] - own[f"{name}_0"]) / means[name].to_numpy() for name in means})
+
+
 def observed_slope(models):
     """How the gap goes with SRR where no loss moves it: (slope, low, high), least squares with a constant for each type.
 
@@ -214,9 +203,9 @@ def observed_slope(models):
     freedom = len(models) - models["model"].nunique() - 1  # a mean per type, and the slope
     if freedom < 1:
         return math.nan, math.nan, math.nan
-    slope = (srr @ gap) / (srr @ srr)
-    half = t.ppf(0.975, freedom) * math.sqrt(((gap - slope * srr) ** 2).sum() / freedom / (srr @ srr))
-    return slope, slope - half, slope + half
+    fit = linregress(srr, gap)
+    half = t.ppf(0.975, freedom) * fit.stderr * math.sqrt((len(models) - 2) / freedom)  # the means are estimated, too
+    return fit.slope, fit.slope - half, fit.slope + half
 
 
 def observed_slopes(results):
@@ -235,32 +224,34 @@ def narrowest(slopes):
     return min(slopes.values(), key=lambda slope: slope[2] - slope[1], default=[math.nan])[0]
 
 
-def accuracy_claims(gains, plain):
-    """Section 6. gains: points of accuracy that SRR in the loss adds (Table 2), index (model, seed), a column per eta; plain:
-    accuracies in % without (Table 3), a row per seed, a column per model type.
+def accuracy_claims(points, gains):
+    """Section 6. points: accuracies in % without SRR in the loss (Table 3), a Series of index (seed, of, model); gains: what it
+    adds (Table 2), of index (srr_reg, seed, of, model).
     """
     rows = []
-    for eta, values in gains.items():
-        of_models = {model: values[model] for model in MAIN if model in values.index}
-        rows.append(("6", f"SRR of the last layer in the loss helps, eta = {eta:g}: points", +1, of_models, None, 0.5))
-    C, N, T, W, fix, identity, _ = (plain.get(model, pd.Series(dtype=float)) for model in TYPES)
-    best = {"to C": T - C, "to Fix": T - fix, "to Identity": T - identity}
+    for eta, values in gains[gains.index.isin(MAIN, level="model")].groupby("srr_reg"):
+        text = f"SRR of the last layer in the loss helps, eta = {eta:g}: points"
+        rows += over_seeds("6", text, +1, values.loc[eta].unstack(["of", "model"]), margin=0.5)
+    plain = points.unstack("model").reindex(columns=TYPES)  # a row per seed and set
+    C, N, T, W, fix, identity, _ = (plain[model].unstack("of") for model in TYPES)  # (seeds, sets)
+    leads = pd.concat({"to C": T - C, "to Fix": T - fix, "to Identity": T - identity}, axis=1).swaplevel(axis=1)
     for text, side, values in (
-        ("CRATE-N beats CRATE-C: points", +1, {"": N - C}),
-        ("CRATE-N falls behind CRATE-T: points", -1, {"": N - T}),
-        ("CRATE-T is nearer to CRATE than to CRATE-C: (T - C) - (CRATE - T)", +1, {"": 2 * T - C - W}),
-        ("The transpose is the best fixed output matrix: its lead in points", +1, best),
+        ("CRATE-N beats CRATE-C: points", +1, N - C),
+        ("CRATE-N falls behind CRATE-T: points", -1, N - T),
+        ("CRATE-T is nearer to CRATE than to CRATE-C: (T - C) - (CRATE - T)", +1, 2 * T - C - W),
+        ("The transpose is the best fixed output matrix: its lead in points", +1, leads.sort_index(axis=1)),
     ):
-        rows.append(("6", text, side, values, None, None))
+        rows += over_seeds("6", text, side, values)
     return rows
 
 
-def layer_choice_claims(by_layer):
-    """Which layer's SRR (Table 6)? by_layer: accuracies in %, a row per seed, a column per --srr-layer, in order."""
+def layer_choice_claims(gains):
+    """Which layer's SRR (Table 6)? gains: points, a Series of index (seed, srr_layer), the layers in order."""
+    by_layer = gains.unstack("srr_layer", sort=False)
     fixed = by_layer.drop(columns=["all", "random"], errors="ignore")
     half = fixed.shape[1] // 2
     every, shallow, deep = (own.mean(axis=1, skipna=False) for own in (fixed, fixed.iloc[:, :half], fixed.iloc[:, -half:]))
-    random = by_layer.get("random", pd.Series(dtype=float))
-    rows = over_seeds("6", "A fixed layer's SRR is better than a random one's: points", +1, {"": every - random})
+    text = "A fixed layer's SRR is better than a random one's: points"
+    rows = over_seeds("6", text, +1, {"": every - by_layer.get("random", math.nan)})
     text = "Shallower layers gain more: first half minus second, points"
     return rows + over_seeds("6", text, +1, {"": shallow - deep})

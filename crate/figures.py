@@ -67,8 +67,9 @@ def save(figure, path):
 
 
 def rates_by_layer(rates, titles, path):
-    """R^c before and after every compression step, mean over seeds with the range shaded, up to where a seed overflows
-    (Figs. 1a, 5). rates: rows of crate.compression.rates_along; titles: {rule: title}, a panel each.
+    """R^c before and after every compression step, mean over seeds with the range shaded (Figs. 1a, 5).
+
+    rates: rows of crate.compression.rates_along; titles: {rule: title}, a panel each.
     """
     figure, axes = grid(len(titles), min(len(titles), 3))
     shown = {"before": ("before the step", GREY, dict(marker="o", markersize=8, markerfacecolor="none"))}  # seen below others
@@ -76,17 +77,15 @@ def rates_by_layer(rates, titles, path):
     shown["after_equal_norm"] = ("after it, at equal norm", COLOURS["crate-c"], dict(marker="^", markersize=4, linestyle="--"))
     for axis, (rule, title) in zip(axes, titles.items()):
         own = rates[rates["rule"] == rule]
-        overflow = own.loc[own["overflow"].astype(bool), "layer"].min()  # NaN without
-        drawn = own[~(own["layer"] >= overflow)]
         for when, (label, colour, style) in shown.items():
-            values = drawn[when].astype(float).groupby(drawn["layer"]).agg(["min", "max", "mean"]).dropna()
+            values = own[when].astype(float).groupby(own["layer"]).agg(["min", "max", "mean"]).dropna()
             axis.fill_between(values.index, values["min"], values["max"], color=colour, alpha=0.25, linewidth=0)
             axis.plot(values["mean"], color=colour, label=label, **style)
+        overflow = own.loc[own["overflow"].astype(bool), "layer"].min()  # NaN without
         if math.isfinite(overflow):
-            axis.set_yscale("log" if len(drawn) else "linear")
-            axis.axvline(overflow, color=GREY, linestyle=":")
+            axis.set_yscale("symlog")
             title += f"; overflow at layer {overflow:.0f}"
-        first = drawn[drawn["layer"] == 1][["before", "after"]].astype(float).mean()
+        first = own[own["layer"] == 1][["before", "after"]].astype(float).mean()
         if first["after"] < 1e-3 * first["before"]:  # no line of the panel can be read
             text = f"layer 1: from {first['before']:.0f} nats to {first['after']:.1g};\nthen nothing is left"
             axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", fontsize=9)
@@ -107,45 +106,24 @@ def log_curves(curves, path):
     save(figure, path)
 
 
-def by_layer(rows, path, *, label=r"SRR measure, $\lambda ||Z||_0 + R^c - R$", columns=2, sharey="row"):
-    """SRR over the layers, mean over seeds and its interval (Figs. 2, 3). rows: {panel, line, layer, srr}, one a seed."""
-    panels, colours = rows["panel"].unique(), colours_of(rows["line"].unique())
-    columns = min(columns, len(panels))
-    figure, axes = grid(len(panels), columns, width=max(8 / columns, 2.6), height=2.5, sharey=sharey)
-    for axis, panel in zip(axes, panels):
-        for (line, colour), marker in zip(colours.items(), "os^Dv<>ph*" * len(colours)):
-            seeds = rows[(rows["panel"] == panel) & (rows["line"] == line)].groupby("layer")["srr"]
+def by_layer(rows, panel, line, path):
+    """SRR over the layers, mean over seeds and its interval (Figs. 2, 3). rows: {layer, srr}, one a seed; panel, line: columns
+    of them, each level of which has a panel or a line.
+    """
+    panels, colours = rows[panel].unique(), colours_of(rows[line].unique())
+    columns = min(4, len(panels))
+    figure, axes = grid(len(panels), columns, width=max(8 / columns, 2.6), height=2.5)
+    for axis, title in zip(axes, panels):
+        for (label, colour), marker in zip(colours.items(), "os^Dv<>ph*" * len(colours)):
+            seeds = rows[(rows[panel] == title) & (rows[line] == label)].groupby("layer")["srr"]
             mean, low, high = np.array([mean_interval(values) for _, values in seeds]).reshape(-1, 3).T
-            axis.plot([*seeds.groups], mean, marker + "-", color=colour, markersize=3.5, linewidth=1.2, label=plain(line))
+            axis.plot([*seeds.groups], mean, marker + "-", color=colour, markersize=3.5, linewidth=1.2, label=plain(label))
             axis.fill_between([*seeds.groups], low, high, color=colour, alpha=0.15, linewidth=0)
         axis.set_xlabel("layer")
-        axis.set_title(panel, fontsize=9 if len(panel) * columns < 90 else 6.5)
+        axis.set_title(title, fontsize=9 if len(title) * columns < 90 else 6.5)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.supylabel(label, fontsize=10)
+    figure.supylabel(r"SRR measure, $\lambda ||Z||_0 + R^c - R$", fontsize=10)
     legend_above(figure, axes[0])
-    save(figure, path)
-
-
-def intervention(runs, slopes, observed_slope, path):
-    """The gap against SRR along eta, a line per seed, and a dashed one of `observed_slope` through the mean where eta = 0.
-
-    runs: {model, seed, srr_reg, srr, gap}; slopes: {model: text}; observed_slope: NaN for none.
-    """
-    figure, axes = grid(len(slopes), min(len(slopes), 2))
-    colours = colours_of(sorted(runs["srr_reg"].unique()))
-    for axis, (model, slope) in zip(axes, slopes.items()):
-        own = runs[runs["model"] == model].sort_values("srr_reg")
-        for _, seed in own.groupby("seed"):
-            axis.plot(seed["srr"], seed["gap"], color=GREY, linewidth=0.6, alpha=0.6, zorder=1)
-        for eta, of_eta in own.groupby("srr_reg"):
-            axis.scatter(of_eta["srr"], of_eta["gap"], s=16, color=colours[eta], label=f"{eta:g}")
-        if math.isfinite(observed_slope):
-            axis.axline(
-                own.loc[own["srr_reg"] == 0, ["srr", "gap"]].mean(), slope=observed_slope, color="black", linestyle="--"
-            )
-        axis.set(xlabel="SRR measure of the trained model", ylabel="gap (nats)")
-        axis.set_title(f"{model}: slope {slope}", fontsize=9)
-    legend_above(figure, axes[0], title="eta")
     save(figure, path)
 
 

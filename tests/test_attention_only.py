@@ -56,11 +56,9 @@ def test_script(script, tmp_path):
     expected = [row["after"] for row in rates_along("softmax", 4, **TINY | {"depth": 9})]
     assert softmax.query("seed == 4")["after"].to_list() == expected
     first = softmax.query("layer == 1")["after_equal_norm"]
-    assert f"| {first.mean():.2f} ± {first.std():.2f} |" in printed and "(2 seeds)" in printed and printed.count("| - |") == 1
+    (line,) = [line for line in printed.splitlines() if line.startswith("(e)")]
+    assert line.split()[-2:] == [f"{first.mean():.2f}", f"{first.std():.2f}"] and "over 2 seeds" in printed
     assert rates.query("overflow")["after"].isna().all() and rates["overflow"].any()
-    assert script("crate.report", "--results", tmp_path / "results")[0] == 0  # without any run
-    text = (tmp_path / "results" / "REPORT.md").read_text()
-    assert "CRATE-C's attention (Eq. 8) raises R^c" in text and printed.splitlines()[-4] in text and "fig_5.png" in text
 
 
 @pytest.mark.parametrize("flags, word", [(("--width", 13), "--width"), (("--seed", 1, 1), "--seed 1 1")])

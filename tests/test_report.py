@@ -52,12 +52,13 @@ def test_the_report_says_what_the_runs_say(script, tmp_path):
     found = [read_run(path.parent) for path in runs.glob("table2/crate-c*/result.json")]
     points = {(config["srr_reg"], config["seed"]): 100 * result["val_accuracy"] for config, result in found}
     plain, other = (np.array([points[eta, seed] for seed in range(3)]) for eta in (0.0, 0.1))
-    first, *_ = cells("**Table 2.** SRR of the last layer in the loss, digits, d = 12")
-    assert first[:3] == ["crate-c", *(f"{x.mean():.2f} ± {x.std(ddof=1):.2f}" for x in (plain, other))]
+    first, second, *_ = cells("**Table 2.** SRR of the last layer in the loss, digits, d = 12")
+    assert first == ["d = 12", "crate-c", "0.0", f"{plain.mean():.2f} ± {plain.std(ddof=1):.2f}", "3", "-"]
     low, high = stats.ttest_1samp(other - plain, 0).confidence_interval()
-    assert first[3:] == [f"{(other - plain).mean():+.2f} [{low:+.2f}, {high:+.2f}]", "3"]
-    assert [line[0] for line in cells("**Table 6.**")] == ["1", "2", "random"]
-    assert "d = 12 (lowest at layer" in text and "d = 24 (" not in text  # a claim about the smaller width
+    gain = f"{(other - plain).mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+    assert second == ["d = 12", "crate-c", "0.1", f"{other.mean():.2f} ± {other.std(ddof=1):.2f}", "3", gain]
+    assert [line[3] for line in cells("**Table 6.**")] == ["1", "2", "random"]
+    assert sorted(path.name for path in (runs / "results/figures").iterdir()) == ["fig_2_d_12.png", "layers.png"]
 
 
 def test_single_runs(script, tmp_path):
@@ -82,7 +83,7 @@ def test_an_invented_type_is_everywhere(script, monkeypatch, tmp_path):
     """A new row of VARIANTS, trained, measured, ranked and reported like the others; claims say that it is in none of them."""
     monkeypatch.setitem(VARIANTS, "crate-half", Variant(+0.5, "U", "U", "ISTA", "Z + MSSA(Z; U) / 2"))
     drawn, by_layer = [], figures.by_layer
-    monkeypatch.setattr(figures, "by_layer", lambda rows, *rest, **more: (drawn.append(rows), by_layer(rows, *rest, **more)))
+    monkeypatch.setattr(figures, "by_layer", lambda rows, *rest: (drawn.append(rows), by_layer(rows, *rest)))
     runs, results, two = tmp_path / "runs", tmp_path / "digits", ("--model", "crate-half", "crate-c", "--epochs", 2)
     for name, *flags in (
         ("table2", "--srr-reg", 0, 0.1, "--seed", 0, 1),
@@ -96,10 +97,9 @@ def test_an_invented_type_is_everywhere(script, monkeypatch, tmp_path):
     assert script("crate.report", runs, "--results", results)[0] == 0
     text = (results / "REPORT.md").read_text()
     assert "In tables and figures, but in no claim: crate-half.\n" in text and "output matrix" in text
-    assert (
-        text.count("| crate-half |") == 3 and "; crate-half +" in text
-    )  # operators, Tables 2 and 3; the intervention's slopes
-    assert ["crate-half" in set(rows["model"]) for rows in drawn] == [True, True]  # Fig. 2 and its parts
+    rows = "| d = 12 | crate-half |"  # of attention, two of Table 2 and one of Table 3; then the intervention's slopes
+    assert text.count(rows) == 4 and "; crate-half +" in text
+    assert ["crate-half" in set(rows["model"]) for rows in drawn] == [True]  # Fig. 2
     table, measures = (pd.read_csv(results / f"{name}.csv") for name in ("correlation/correlation", "measures"))
     assert set(table["models"]) == {8} and (measures.groupby("model").size() == 4).all()
     (results / "datasets.json").write_text('{"digits": "my photographs"}')  # what runs are of can be said better
@@ -111,6 +111,6 @@ def test_an_invented_type_is_everywhere(script, monkeypatch, tmp_path):
 
 def test_what_is_refused(script, tmp_path):
     assert_refused(script("crate.report", tmp_path), str(tmp_path), "no finished run")
-    assert_refused(script("crate.report", "--results", tmp_path), "--results", "no table")
+    assert_refused(script("crate.report", "--results", tmp_path), "--results", "no runs.csv")
     assert script("train", *SMALL, "--epochs", 1, "--lr", 1e-3, 2e-3, "--out", tmp_path / "table2")[0] == 0
     assert_refused(script("crate.report", tmp_path), "table2", "lr0.001", "lr0.002", "another experiment")
