@@ -118,7 +118,7 @@ def read_rows(results, name, runs):
     """layers.csv or operators.csv, with what their runs say of themselves; empty where there is none."""
     file = results / f"{name}.csv"
     rows = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=[*RUN, "epoch", "images", "layer", "point", *PARTS])
-    rows = runs[[*RUN, "part", "model", "seed", "width", "of"]].merge(rows, on=RUN)
+    rows = runs[[*RUN, "part", "model", "seed", "width", "data_set", "size", "of"]].merge(rows, on=RUN)
     return rows.assign(when=[f"epoch {epoch}" if epoch else "at initialisation" for epoch in rows["epoch"]])
 
 
@@ -195,8 +195,7 @@ def layers_section(results, runs):
     for name, (figure, own, panel, line) in figures_of.items():
         if len(own):
             figures.by_layer(own, panel, line, results / f"figures/{name}.png")
-            what = about(runs[runs["run"].isin(own["run"])])
-            caption = f"{figure}. SRR of every layer's output on training images, {what}; shaded: 95 % intervals"
+            caption = f"{figure}. SRR of every layer's output on training images, {about(own)}; shaded: 95 % intervals"
             parts.append(image(f"figures/{name}.png", caption))
     if len(changes):
         table = changes.xs("compressed", level="point").groupby(["of", "model"], sort=False).agg(estimate)
@@ -212,9 +211,10 @@ def single_section(results, runs):
     for name, own in runs[runs["part"] == "single"].groupby("experiment"):
         table = own.set_index("run")[["epochs", "val_accuracy", "gap", "gap_accuracy", "srr"]].map("{:.4g}".format)
         text += section(f"Runs of `{name}`", markdown(table.replace("nan", "-")))
-        names = own.loc[own["run"].isin(layers.loc[layers["experiment"] == name, "run"]), "run"]
+        shown = layers[layers["experiment"] == name]
+        names = shown["run"].unique()
         if len(names):
-            shown = layers[layers["run"].isin(names[:SHOWN]) & (layers["experiment"] == name)]
+            shown = shown[shown["run"].isin(names[:SHOWN])]
             figures.by_layer(shown, "run", "when", results / f"figures/runs_{name}.png")
             caption = f"SRR of every layer's output, {about(own)}; {len(names[:SHOWN])} of {len(names)} runs, all in layers.csv"
             text.append(image(f"figures/runs_{name}.png", caption))
@@ -249,8 +249,6 @@ def complexity_section(results, runs):
         if not (results / folder / "correlation.csv").exists():
             continue
         table = pd.read_csv(results / folder / "correlation.csv")
-        if "gap" not in table:
-            raise InputError(f"{results / folder}/correlation.csv: no column gap; run correlate.py again")
         if what == "one learning rate":  # there pairs of one type are also of one rate
             table = table.rename(columns=lambda name: name.replace("tau_same_model", "tau_same_model_lr"))
         found[what in others][what] = table
@@ -263,33 +261,32 @@ def complexity_section(results, runs):
     return claims.rank_claims(*found), section("SRR as a complexity measure (Section 5)", *parts)
 
 
-def with_gains(runs, plain):
-    """The runs, their accuracy in % as `points`, and their `gain` on the run of `plain` of the same type and seed."""
+def with_gains(own, runs):
+    """Runs, their accuracy in % as `points`, and their `gain` on that of the same type and seed without SRR in the loss."""
     keys = ["of", "model", "seed"]
-    runs = runs.merge(plain[[*keys, "val_accuracy"]].rename(columns={"val_accuracy": "before"}), on=keys, how="left")
-    gain = (runs["val_accuracy"] - runs["before"]).where(runs["srr_reg"] != 0)
-    return runs.assign(points=100 * runs["val_accuracy"], gain=100 * gain)
+    plain = runs[(runs["part"] == "compared") & (runs["srr_reg"] == 0)].set_index(keys)["val_accuracy"].rename("plain")
+    own = own.join(plain, on=keys)
+    gain = (own["val_accuracy"] - own["plain"]).where(own["srr_reg"] != 0)
+    return own.assign(points=100 * own["val_accuracy"], gain=100 * gain)
 
 
 def regularisation_section(results, runs):
     """Section 6."""
-    second = runs[runs["part"] == "compared"]
-    sixth = runs[runs["part"] == "table6"]
-    plain = second[second["srr_reg"] == 0]
-    second, plain, sixth = (with_gains(own, plain) for own in (second, plain, sixth))
+    second, sixth = (with_gains(runs[runs["part"] == part], runs) for part in ("compared", "table6"))
+    plain = second[second["srr_reg"] == 0].copy()
     gains = second.dropna(subset="gain").set_index(["srr_reg", "seed", "of", "model"])["gain"]
     found, parts = claims.accuracy_claims(plain.set_index(["seed", "of", "model"])["points"], gains), []
     pushed = second[second.groupby(["of", "model"])["srr_reg"].transform("any")]
-    plain = plain.assign(output=[VARIANTS[model].output if model in VARIANTS else "" for model in plain["model"]])
-    difference = {"difference": ("gain", estimate)}
-    matrix = {"output matrix": ("output", "first"), "parameters": ("parameters", "first")}
-    for title, own, keys, columns in (
-        ("Table 2.** SRR of the last layer in the loss", pushed, ["model", "srr_reg"], difference),
-        ("Table 3.** Output matrices", plain, ["model"], matrix),
-        ("Table 6.** The SRR of other layers in the loss", sixth, ["model", "srr_reg", "srr_layer"], difference),
+    plain["output matrix"] = [VARIANTS[model].output if model in VARIANTS else "" for model in plain["model"]]
+    for title, own, *keys in (
+        ("Table 2.** SRR of the last layer in the loss", pushed, "model", "srr_reg"),
+        ("Table 3.** Output matrices", plain, "model", "output matrix", "parameters"),
+        ("Table 6.** The SRR of other layers in the loss", sixth, "model", "srr_reg", "srr_layer"),
     ):
         if len(own):
-            table = own.groupby(["of", *keys], sort=False).agg(accuracy=("points", spread), seeds=("seed", "size"), **columns)
+            table = own.groupby(["of", *keys], sort=False)
+            table = table.agg(accuracy=("points", spread), difference=("gain", estimate), seeds=("seed", "size"))
+            table = table if "srr_reg" in keys else table.drop(columns="difference")
             parts.append(f"**{title}, {about(own)}\n\n{markdown(table)}")
     for _, own in sixth.groupby(["of", "model", "srr_reg"]):
         found += claims.layer_choice_claims(own.set_index(["seed", "srr_layer"])["points"])

@@ -53,10 +53,10 @@ def test_the_report_says_what_the_runs_say(script, tmp_path):
     points = {(config["srr_reg"], config["seed"]): 100 * result["val_accuracy"] for config, result in found}
     plain, other = (np.array([points[eta, seed] for seed in range(3)]) for eta in (0.0, 0.1))
     first, second, *_ = cells("**Table 2.** SRR of the last layer in the loss, digits, d = 12")
-    assert first == ["d = 12", "crate-c", "0.0", f"{plain.mean():.2f} ± {plain.std(ddof=1):.2f}", "3", "-"]
+    assert first == ["d = 12", "crate-c", "0.0", f"{plain.mean():.2f} ± {plain.std(ddof=1):.2f}", "-", "3"]
     low, high = stats.ttest_1samp(other - plain, 0).confidence_interval()
     gain = f"{(other - plain).mean():+.2f} [{low:+.2f}, {high:+.2f}]"
-    assert second == ["d = 12", "crate-c", "0.1", f"{other.mean():.2f} ± {other.std(ddof=1):.2f}", "3", gain]
+    assert second == ["d = 12", "crate-c", "0.1", f"{other.mean():.2f} ± {other.std(ddof=1):.2f}", gain, "3"]
     assert [line[3] for line in cells("**Table 6.**")] == ["1", "2", "random"]
     assert sorted(path.name for path in (runs / "results/figures").iterdir()) == ["fig_2_d_12.png", "layers.png"]
 
