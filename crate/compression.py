@@ -18,7 +18,7 @@ def mssa(tokens, U, heads, gamma):
     return gamma**2 * merge_heads(self_attention(V)) @ U.mT
 
 
-# name: (the update's panel and equation, the descent direction g of Z - alpha g)
+# name: (the update's panel and equation, the g of Z - alpha g, in the place of grad R^c)
 RULES = {
     "exact": ("(a) exact gradient, Eq. 6", exact_gradient),
     "expansion": ("(b) gradient of the expansion, Eq. 7", expansion_gradient),
@@ -44,14 +44,14 @@ def rates_along(rule, seed, *, tokens, depth, width, heads, alpha=1.0, gamma=1.0
 
     Returns rows {"rule", "seed", "layer" (from 1), "before", "after", "after_equal_norm", "overflow"}. "after_equal_norm" is
     R^c once the tokens are scaled back to the Frobenius norm that they had before the step, None where less than LEAST_LEFT of
-    it is left. Numbers that overflow `dtype` are None, and end the run: its last row has "overflow" True. All rules see the
-    same Z^0 and U for one seed.
+    it is left; later layers then move rounding errors. Numbers that overflow `dtype` are None, and end the run: its last row
+    has "overflow" True. All rules see the same Z^0 and U for one seed.
     Raises ValueError where heads don't divide the width.
     """
     if width % heads:
         raise ValueError(f"width {width} is not divisible by heads {heads}")
     generator = torch.Generator().manual_seed(seed)
-    _, direction = RULES[rule]
+    _, gradient = RULES[rule]
     rows, Z = [], scale * torch.randn(tokens, width, generator=generator, dtype=dtype)
     for layer in range(1, depth + 1):
         U = random_orthonormal(width, generator, dtype)
@@ -59,7 +59,7 @@ def rates_along(rule, seed, *, tokens, depth, width, heads, alpha=1.0, gamma=1.0
         rows.append({"rule": rule, "seed": seed, "layer": layer} | row)
         try:
             rows[-1]["before"] = subspace_coding_rate(Z, U, heads, gamma).item()
-            moved = Z - alpha * direction(Z, U, heads, gamma)
+            moved = Z - alpha * gradient(Z, U, heads, gamma)
             rows[-1]["after"] = subspace_coding_rate(moved, U, heads, gamma).item()
             if moved.norm() > LEAST_LEFT * Z.norm():
                 rows[-1]["after_equal_norm"] = subspace_coding_rate(norm_ratio(Z, moved) * moved, U, heads, gamma).item()

@@ -50,7 +50,7 @@ class Prepared:
 
 
 def counted_weights(model):
-    """P_mat of the norms, {name: parameter}: the trainable matrices (patch embedding, U, W, D, head), each once.
+    """What the norms count, {name: parameter}: the trainable matrices (patch embedding, U, W, D, head), each once.
 
     No biases and LayerNorm (vectors), no positions and CLS (three axes), no fixed output matrix (a buffer).
     """
@@ -58,7 +58,7 @@ def counted_weights(model):
 
 
 def perturbed_parameters(model):
-    """P_all without LayerNorm, {name: parameter}: what noise and ascent move."""
+    """What noise and ascent move, {name: parameter}: all that is trained but LayerNorm."""
     fixed = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and p not in fixed}
 
@@ -109,18 +109,18 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
         measures["inverse_margin"] = 1 / gamma / gamma  # J-eq. 22
         for norm in ("fro", "spec"):
             over_margin = measures[f"log_prod_of_{norm}"] - 2 * math.log(gamma)
-            measures[f"log_prod_of_{norm}_over_margin"] = over_margin  # J-eqs. 36, 31
-            measures[f"log_sum_of_{norm}_over_margin"] = math.log(d) + over_margin / d  # J-eqs. 38, 34
-        for name, square in numerators.items():  # J-eqs. 30, 29
+            measures[f"log_prod_of_{norm}_over_margin"] = over_margin  # J-eqs.: fro 36, spec 31
+            measures[f"log_sum_of_{norm}_over_margin"] = math.log(d) + over_margin / d  # fro 38, spec 34
+        for name, square in numerators.items():  # J-eqs.: orig 30, init 29
             measures[f"log_spec_{name}_main"] = measures["log_prod_of_spec_over_margin"] + (square / spec).sum().log()
     if sigma is not None:
-        for name, square in numerators.items():  # J-eqs. 49, 48
+        for name, square in numerators.items():  # J-eqs.: orig 49, init 48
             measures[f"pacbayes_{name}"] = square.sum() / (4 * sigma**2) + math.log(examples / sigma) + 10
         measures["pacbayes_flatness"] = 1 / sigma**2  # J-eq. 53
     if sigma_mag is not None:
         if initial is not None:
             denominators = sum((EPS**2 + sigma_mag**2 * w.square()).log().sum() for w in moved)
-            for name, square in numerators.items():  # J-eqs. 57, 56
+            for name, square in numerators.items():  # J-eqs.: orig 57, init 56
                 numerator = (EPS**2 + (sigma_mag**2 + 1) * square.sum() / omega).log()
                 bound = (omega * numerator - denominators) / 4
                 measures[f"pacbayes_mag_{name}"] = bound + math.log(examples / sigma_mag) + 10
@@ -208,7 +208,7 @@ def find_scale(drop, guess, low=1e-4, high=1.0):
 
     @functools.cache
     def drop_at(x):
-        return round(drop(math.exp(x)), 9)  # 1 - 0.9 is 0.1
+        return round(drop(math.exp(x)), 9)  # so that 1 - 0.9 is DROP
 
     def height(x):
         if x in ends:
@@ -222,7 +222,7 @@ def find_scale(drop, guess, low=1e-4, high=1.0):
 def noise_scale(model, images, labels, magnitude_aware=False, chunk=256):
     """The noise scale at which mean training accuracy has dropped by 0.1, and the drop there: two floats.
 
-    sigma: the standard deviation of noise on P_all without LayerNorm; with `magnitude_aware` sigma', where weight w_i gets
+    sigma: the standard deviation of noise on `perturbed_parameters`; with `magnitude_aware` sigma', where weight w_i gets
     noise of standard deviation sqrt(sigma'^2 w_i^2 + eps^2). The mean is over ten directions, drawn from a fixed seed on the
     CPU and shared by all scales, so that it is one function of sigma. Searched by find_scale.
     """
@@ -261,7 +261,7 @@ def gradient_signs(model, weights, images, labels, chunk=256):
 def sharpness_radius(model, images, labels, chunk=256):
     """alpha of J-eq. 54: the radius of the box around the weights in which gradient ascent costs 0.1 training accuracy.
 
-    Ascent on the cross-entropy over the images, in P_all without LayerNorm: ASCENT_STEPS signed steps (steepest for a box)
+    Ascent on the cross-entropy over the images, in `perturbed_parameters`: ASCENT_STEPS signed steps (steepest for a box)
     of half the radius, each clipped to the box. Returns alpha and the drop there, two floats, searched by find_scale.
     """
     weights = perturbed_parameters(model)

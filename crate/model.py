@@ -61,8 +61,8 @@ ATTENTION = {"U": subspace_attention, "exact": exact_step, "QKV": standard_atten
 class MSSA(nn.Module):
     """Multi-head subspace self-attention (Eq. 4): V_k = U_k^T Z attends to itself, an output matrix merges the heads.
 
-    attention: a key of ATTENTION. output: as in Variant. temperature of the softmax: "sqrt-p", as in the released CRATE, or
-    "none", as Eq. 4 is written.
+    attention: a key of ATTENTION. output: as in Variant. temperature: what divides the argument of the softmax, "sqrt-p" as in
+    the released CRATE, or "none" as Eq. 4 is written.
     """
 
     def __init__(self, *, width, heads, output, attention="U", dropout=0.0, temperature="sqrt-p"):
@@ -141,9 +141,11 @@ class Layer(nn.Module):
             self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def compress(self, tokens):
+        """Z -> Y (Eq. 2), (B, N, d)."""
         return torch.add(tokens, self.mssa(self.norm1(tokens)), alpha=self.step)
 
     def sparsify(self, tokens):
+        """Y -> Z' (Eq. 3), (B, N, d)."""
         if self.ista:
             return self.ista(self.norm2(tokens))
         return tokens + self.mlp(self.norm2(tokens))

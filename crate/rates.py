@@ -1,7 +1,8 @@
 """Coding rates (Eq. 1), the gradient of R^c (Eq. 6), and the second-order expansion of R^c with its gradient (Eqs. 5, 7).
 
 Tokens are rows, (..., N, d): the transpose of the paper's Z in R^{d x N}. U is (d, d), its columns [U_1 .. U_K]. So the paper's
-Z^T Z is `tokens @ tokens.mT`, V_k = U_k^T Z is the k-th block of `tokens @ U`, and U_k V_k is `V_k @ U_k.mT`.
+Z^T Z is `tokens @ tokens.mT`, V_k = U_k^T Z is the k-th block of `tokens @ U`, and U_k V_k is `V_k @ U_k.mT`. Formulas in
+docstrings have the paper's V_k, (p, N); variables are its transpose.
 
 Rates are in nats. Everything runs in float32, or in float64 where an argument is, with autocast and TF32 off: a Gram matrix in
 half precision need not be positive definite. Call backward outside autocast, as torch advises.
@@ -34,10 +35,10 @@ def subspaces(tokens, U, heads):
 
 
 def coding_rate(tokens, coefficient):
-    """R(Z) = 1/2 logdet(I + c Z^T Z) (Eq. 1) of tokens (..., N, d): (...).
+    """R(Z) = 1/2 logdet(I + c Z^T Z) (in Eq. 1) of tokens (..., N, d): (...).
 
-    `coefficient` is c = d / (N eps^2), a float. Raises ValueError where tokens are not finite, or too large and too alike for
-    float64 (on CUDA, which is not waited for, the rate is NaN instead), or have no token axis.
+    `coefficient` is c = d / (N eps^2), a float: K gamma of Z, gamma of V_k. Raises ValueError where tokens have no token axis, are
+    not finite, or too large and too alike for float64 (the last two on CUDA, which is not waited for: NaN instead).
     """
     if tokens.ndim < 2:
         raise ValueError(f"tokens must be (..., N, d), not {tuple(tokens.shape)}")
@@ -46,7 +47,7 @@ def coding_rate(tokens, coefficient):
 
 @in_full_precision
 def subspace_coding_rate(tokens, U, heads, gamma=1.0):
-    """R^c(Z; U) = sum_k 1/2 logdet(I + gamma (U_k^T Z)^T U_k^T Z) (Eq. 1) of tokens (..., N, d): (...).
+    """R^c(Z; U) = sum_k 1/2 logdet(I + gamma (U_k^T Z)^T U_k^T Z) (in Eq. 1) of tokens (..., N, d): (...).
 
     Differentiable in tokens and U (d, d). Raises ValueError as coding_rate does, and where shapes don't fit.
     """
@@ -86,7 +87,7 @@ def norm_ratio(reference, tokens):
     Rates grow with the tokens' norm: this separates how they are arranged from how large they are. Zero tokens stay zero.
     """
     wanted, actual = torch.linalg.matrix_norm(reference), torch.linalg.matrix_norm(tokens)
-    return (wanted / actual.clamp(min=torch.finfo(actual.dtype).tiny))[..., None, None]
+    return torch.where(actual > 0, wanted / actual, 1)[..., None, None]
 
 
 def log_approximations(x):

@@ -121,7 +121,7 @@ def linear(tokens, weights, name):
 
 
 def output_projection(stacked, weights, variant):
-    """What each variant makes of its stacked heads: the table in Section 4 and Table 3."""
+    """What each variant makes of its stacked heads: Eqs. 8 to 10 and Table 3."""
     U, output = weights["mssa.U.weight"].mT, fields(variant)[2]
     if output == "U":
         return (U @ stacked.mT).mT
@@ -148,7 +148,7 @@ def mlp(tokens, weights):
 
 
 def compression_step(normed, weights, variant, heads, keep=None):
-    """What is added to the tokens, times its size: (..., N, d), from LayerNormed tokens."""
+    """The step before its size, such as +1 or -1: (..., N, d), from LayerNormed tokens."""
     U, kind = weights["mssa.U.weight"].mT, fields(variant)[1]
     if kind == "exact":
         return normed - update("a", normed, U, heads)

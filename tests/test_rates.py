@@ -125,7 +125,7 @@ def test_float32_rates_of_nearly_equal_and_of_large_tokens(N, d):
 def test_tokens_at_another_norm():
     Z, other = torch.randn(3, 5, 12, dtype=torch.float64), torch.randn(3, 7, 12, dtype=torch.float64)
     assert_close(rates.norm_ratio(other, Z) * Z, reference.at_norm_of(Z, other), 1e-12)
-    assert torch.equal(rates.norm_ratio(torch.ones(2, 3), torch.zeros(2, 3)) * torch.zeros(2, 3), torch.zeros(2, 3))
+    assert torch.equal(rates.norm_ratio(torch.full((2, 3), 10.0), torch.zeros(2, 3)) * torch.zeros(2, 3), torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
