@@ -170,7 +170,8 @@ def main():
     others = {key: arguments[key] for key in ("data_dir", "draw", "graph", "save_every")}
     configs = runs.resolve(flags, preset=preset, device=device, amp=amp, processes=world, **others)
     out = arguments["out"] or Path("runs") / preset / "single"
-    configs, again = runs.folders(configs, out, arguments["again"]), arguments["again"]
+    again = arguments["again"]
+    runs.make_folders(configs, out, again)
     if rank == 0:
         dataset, done = next(iter(configs.values()))["dataset"], sum((out / name / "result.json").exists() for name in configs)
         counted = f"{len(configs)} runs" if len(configs) > 1 else "1 run"

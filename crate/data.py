@@ -1,7 +1,6 @@
 """Data sets as bytes on the device, and the batches of an epoch, augmented as in Section 6 where that is asked for.
 
-The order of an epoch and its augmentation depend on (seed, epoch) alone. torchvision is imported where it is needed: that takes
-longer than to load the digits.
+torchvision is imported where it is needed: that takes longer than to load the digits.
 """
 
 import hashlib
@@ -24,8 +23,7 @@ CLASS_FOLDERS = "FOLDER/train/CLASS/* and FOLDER/test/CLASS/* (or val, valid)"
 ORDER, AUGMENTATION, DROPOUT = range(3)  # what a seed is for
 VALUES_AT_ONCE = 2**22  # that are augmented together, 1,365 images of 3 x 32 x 32: more fit no cache, fewer cost more calls
 
-# torchvision's augmentation waits for its stream: on one of its own, not for the training steps. One for the whole process:
-# the allocator and the libraries keep memory for each.
+# torchvision's augmentation waits for its stream: for this one, of the whole process, not for the training steps.
 side_stream = lru_cache(1)(torch.cuda.Stream)
 
 
@@ -52,9 +50,9 @@ class Data:
 
 
 def _digits(data_dir):
-    """500 images to train on, 50 a class, and 1,297 to validate on, so that the gap is not mostly noise."""
+    """500 images to train on, 50 a class, and 1,297 to validate on, so that the gap is not mostly noise. Values: 0 to 16."""
     images, labels, val_images, val_labels = np.load(DIGITS).values()
-    images, val_images = ((part[:, None].astype(int) * 255 // 16).astype(np.uint8) for part in (images, val_images))  # 0 to 16
+    images, val_images = ((part[:, None].astype(int) * 255 // 16).astype(np.uint8) for part in (images, val_images))
     return images, labels, val_images, val_labels
 
 
@@ -90,19 +88,18 @@ def read_class_folders(folder, image_size=None):
     """
     from torchvision.datasets import ImageFolder
 
-    def visible(file):  # no file is left out for its name: what isn't a picture is said
-        return not Path(file).name.startswith(".")
-
     test = next((name for name in ("test", "val", "valid") if (folder / name).is_dir()), "test")
+    every = {"is_valid_file": lambda file: not Path(file).name.startswith(".")}  # what isn't a picture is said, not left out
     try:
-        train, val = (ImageFolder(folder / name, is_valid_file=visible) for name in ("train", test))
+        train, val = (ImageFolder(folder / name, **every) for name in ("train", test))
     except OSError as error:
         raise InputError(f"{one_line(error)}; expected {CLASS_FOLDERS}")
     if train.classes != val.classes or len(val.classes) < 2:
         raise InputError(f"{folder}: train and {test} don't hold the same two classes or more; expected {CLASS_FOLDERS}")
     size = image_size or picture(train.samples[0][0]).width
-    (images, labels, equal), (val_images, val_labels, val_equal) = (decode(tuple(part.samples), size) for part in (train, val))
-    if not (image_size or equal and val_equal):
+    images, labels, sizes = decode(tuple(train.samples), size)
+    val_images, val_labels, val_sizes = decode(tuple(val.samples), size)
+    if not image_size and sizes | val_sizes != {(size, size)}:
         raise InputError(f"{folder}: its pictures are not of one square size; give --image-size to resize them to")
     if all((part == part[:, :1]).all() for part in (images, val_images)):
         images, val_images = images[:, :1], val_images[:, :1]
@@ -122,7 +119,7 @@ def picture(file):
 
 @lru_cache(2)  # training and validation pictures; it may take half a minute, and is asked for with and without a size
 def decode(samples, size):
-    """Pictures (path, class) -> (n, 3, size, size) uint8, classes (n,), and whether the pictures had this size.
+    """Pictures (path, class) -> (n, 3, size, size) uint8, classes (n,), and the sizes of the pictures, a set.
 
     Classes take turns: the first n are a sample of all.
     """
@@ -137,7 +134,7 @@ def decode(samples, size):
     order = np.lexsort((labels, np.arange(len(labels)) - np.searchsorted(labels, labels)))  # by place in the class, then class
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         images = np.stack(list(threads.map(pixels, order))).transpose(0, 3, 1, 2)
-    return images, labels[order], sizes == {(size, size)}
+    return images, labels[order], sizes
 
 
 @lru_cache(1)  # the runs of a grid share it
@@ -156,20 +153,19 @@ def load_data(name, data_dir="data", *, image_size=None, train_subset=None, hold
         arrays = DATASETS[name](data_dir)
     else:
         raise InputError(f"--dataset {name}: unknown; choose from {', '.join(DATASETS)}, or name a folder, {CLASS_FOLDERS}")
-    arrays, digest = [np.array(array, order="C") for array in arrays], hashlib.sha256()
-    for array in arrays:
-        digest.update(array)
-    checksum = f"{len(arrays[1])} + {len(arrays[3])} images, {digest.hexdigest()[:12]}"
+    arrays = [np.array(array, order="C") for array in arrays]
+    digest = hashlib.sha256(b"".join(arrays)).hexdigest()[:12]
     images, labels, val_images, val_labels = map(torch.from_numpy, arrays)
+    checksum = f"{len(labels)} + {len(val_labels)} images, {digest}"
     classes, size = int(labels.max()) + 1, image_size or images.shape[-1]
     if train_subset is not None:
         if train_subset > len(labels):
             raise InputError(f"--train-subset {train_subset}: {name} has {len(labels)} training images")
-        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:train_subset]
+        chosen = permutation(len(labels), seed=0)[:train_subset]
         images, labels = images[chosen], labels[chosen]
     if hold_out:
         held = round(hold_out * len(labels))
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
+        order = permutation(len(labels), seed=1)
         if not 0 < held < len(labels):
             raise InputError(f"--hold-out {hold_out}: leaves {held} of {len(labels)} training images to validate on")
         val_images, images = images[order].tensor_split([held])
@@ -182,15 +178,18 @@ def load_data(name, data_dir="data", *, image_size=None, train_subset=None, hold
 
 
 def data_of(config, data_dir=None, device="cpu"):
-    """The data set of a run, from its config.json; data_dir: instead of the run's own. Raises InputError where the images are
-    not those that the config has the checksum of.
-    """
+    """The data set of a run, from its config.json; data_dir: in the place of the run's. Refuses other images than the run's."""
     settings = {key: config[key] for key in ("image_size", "train_subset", "hold_out")}
     data = load_data(config["dataset"], data_dir or config["data_dir"], **settings, device=device)
-    if config.get("data", data.checksum) != data.checksum:
-        where = f"--dataset {config['dataset']}: its images ({data.checksum})"
-        raise InputError(f"{where} are not the run's ({config['data']}); name a folder that has those")
+    check_images(config.get("data"), data.checksum, f"--dataset {config['dataset']}")
     return data
+
+
+def check_images(of_run, found, where):
+    """Raise InputError where two checksums of data sets, if known, differ; `where` says what is at fault."""
+    if None not in (of_run, found) and of_run != found:
+        cure = "name the folder that holds those with --dataset, or train anew with train.py --again"
+        raise InputError(f"{where}: its images ({found}) are not the run's ({of_run}); {cure}")
 
 
 def mixed_seed(*numbers):
@@ -201,19 +200,21 @@ def mixed_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-def epoch_order(examples, seed, epoch):
-    """The order in which an epoch sees the training set, (examples,) int64."""
-    return torch.randperm(examples, generator=torch.Generator().manual_seed(mixed_seed(ORDER, seed, epoch)))
+def permutation(n, seed):
+    """A random order of n things, (n,) int64."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 def batches(data, batch_size, seed, epoch, augment=False, rank=0, world=1):
-    """An epoch's batches: prepared images, labels, weight. Of each batch, this rank gets every `world`-th image.
+    """An epoch's batches, which depend on (seed, epoch) alone: prepared images, labels, weight. Of each batch, this rank gets
+    every `world`-th image.
 
     The mean over a batch is the mean over the ranks of weight * (mean over a rank's share). A rank for which no image is left
     gets the batch's first one, with weight 0.
     """
     examples, (_, channels, size, _) = len(data.train_labels), data.train_images.shape
-    order = epoch_order(examples, seed, epoch).to(data.train_labels.device)  # waits until it is there, for `side` too
+    # Waits until it is there, for `side` too.
+    order = permutation(examples, mixed_seed(ORDER, seed, epoch)).to(data.train_labels.device)
     if augment:
         drawn = draw_augmentation(examples, size, mixed_seed(AUGMENTATION, seed, epoch))
     side = side_stream() if augment and order.is_cuda else None

@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 
 from crate.cli import InputError, one_line, read_json, write_bytes, write_json
-from crate.data import load_data
+from crate.data import check_images, data_of
 from crate.model import build_model
 
 # What a run is unless a preset or a flag says otherwise: the paper's settings. None is "off" or "the data set's own".
@@ -64,10 +63,7 @@ MODEL_SETTINGS = "image_size patch_size channels classes width depth heads dropo
 
 
 def resolve_device(name):
-    """The torch.device for --device; "auto" is CUDA where torch can use it (else torch may warn why not).
-
-    Raises InputError, with torch's reason, where there is no such device.
-    """
+    """The torch.device for --device; "auto" is CUDA where torch can use it. Raises InputError where there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -84,8 +80,8 @@ def settings(sweep, draw=None):
     """The combinations of a sweep, {axis: values}, as dicts; with `draw`, that many random ones for each model type instead,
     each with all the seeds.
 
-    Random ones take lr between the smallest and the largest value given (evenly on a logarithmic scale), so too, on a linear
-    scale, dropout and weight decay, and any of the values of the other axes. The seed "own" is one that no other setting has.
+    Random ones take lr (evenly on a logarithmic scale), dropout and weight decay between the smallest and the largest value
+    given, and any of the values of the other axes. The seed "own" is one that no other setting has.
     """
     if draw is None:
         chosen = [dict(zip(sweep, values)) for values in itertools.product(*sweep.values())]
@@ -115,13 +111,12 @@ def resolve(flags, *, preset, device, amp, data_dir, draw=None, **others):
     usual = DEFAULTS | PRESETS[preset]
     base = {"preset": preset, **usual, **flags, "device": str(device), "data_dir": str(data_dir), **others}
     unusual = {key: base[key] for key in WORDS if base[key] != usual[key]}
-    sizes = {key: base[key] for key in ("image_size", "train_subset", "hold_out")}
-    data = load_data(base["dataset"], data_dir, **sizes)
+    data = data_of(base)
     base |= {"amp": amp, "image_size": data.image_size, "channels": data.train_images.shape[1], "classes": data.classes}
+    base |= {"data": data.checksum, "code": code_checksum(), "commit": commit()}
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = dict(python=platform.python_version(), torch=str(torch.__version__), processor=processor, cores=os.cpu_count())
-    base |= {"data": data.checksum, "code": code_checksum(), "commit": commit(), "versions": versions}
-    base["command"] = shlex.join(["python", "train.py", *sys.argv[1:]])
+    base |= {"versions": versions, "command": shlex.join(["python", "train.py", *sys.argv[1:]])}
     sweep = {axis: base[axis] if isinstance(base[axis], list) else [base[axis]] for axis in AXES}
     configs = {}
     for one in settings(sweep, draw):
@@ -166,46 +161,38 @@ def run_name(config, unusual):
     return f"{name}_s{config['seed']}"
 
 
-def folders(configs, out, again):
-    """{name: config} of the same runs below `out`, where each has its folder now, with config.json.
+def make_folders(configs, out, again):
+    """Make the folder of each run, {name: config}, below `out`, and its config.json.
 
     Raises InputError where a folder holds another run, be it that its images have changed, which `again` allows.
     """
-    placed = {}
     for name, config in configs.items():
-        before = out / run_name(config, {})  # as a run was called when its name held the sweep's settings alone
-        with suppress(OSError, InputError):
-            check_same_run(read_json(before / "config.json"), config, before)
-            name = before.name
         file = out / name / "config.json"
         if file.exists():
-            there = read_json(file)
-            check_same_run(there, config | ({"data": there.get("data")} if again else {}), file)
+            check_same_run(read_json(file), config | ({"data": None} if again else {}), file)
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, config)
-        placed[name] = config
-    return placed
 
 
 @lru_cache(1)
 def code_checksum():
     """Of crate/*.py and train.py: the code that makes a run."""
     files = [*sorted(ROOT.glob("crate/*.py")), ROOT / "train.py"]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.exists())).hexdigest()[:12]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def made_by(folder, config, again):
-    """What `folder` holds is removed if `again` is true and other code or other images made it. Else the config with the
-    checksums of all code that made it.
+    """The config with the checksums of all code that made what `folder` holds; that is removed first if `again` is true and
+    other code or other images made it.
     """
     file = folder / "config.json"
     there = read_json(file) if file.exists() else config
     if again and any(there.get(key) != config[key] for key in ("code", "data")):
-        for name in ("result.json", "last.pt", "log.jsonl", "init.pt", "measures.json"):
+        for name in ("result.json", "last.pt"):
             (folder / name).unlink(missing_ok=True)
     elif (folder / "last.pt").exists():
-        made = dict.fromkeys([*there.get("code", "unknown").split(), config["code"]])
+        made = dict.fromkeys([*str(there.get("code")).split(), config["code"]])
         config = config | {"code": " ".join(made)}
     return config
 
@@ -236,18 +223,12 @@ def model_of(config):
 def check_same_run(there, now, where):
     """Raise InputError where two configs are of different runs: a setting or the images; `where` says where the first is from.
 
-    Where the images lie, and what made the run, is free to change. Configs from before have no checksum of the images.
+    Where the images lie, and what made the run, is free to change.
     """
-    name = Path(now["dataset"]).name
-    if "data" not in there and Path(there.get("dataset", "")).name == name:
-        there = there | {"data": now.get("data")}
-    if there.get("data") != now.get("data"):
-        other = f"made with other images, {there.get('data', there.get('dataset'))}, than {name} has, {now['data']}"
-        raise InputError(f"{where}: {other}; name those images with --dataset, or train anew with --again")
     for key in [*DEFAULTS, "processes"]:
         if key != "dataset" and there.get(key) != now.get(key):
-            cure = "change --out" if key == "processes" else f"match --{key.replace('_', '-')} or change --out"
-            raise InputError(f"{where}: {key} is {there.get(key)} there but {now.get(key)} now; {cure}")
+            raise InputError(f"{where}: another run, {key} is {there.get(key)} there but {now.get(key)} now; change --out")
+    check_images(there.get("data"), now.get("data"), where)
 
 
 def save_checkpoint(path, content):
@@ -270,7 +251,7 @@ def load_checkpoint(path):
 
 
 def load_weights(model, path, config):
-    """Load a run's checkpoint into `model` and return all that it holds. Raises InputError where it is not of this config."""
+    """Load a run's checkpoint into `model` and return all that it holds. Raises InputError where it is another run's."""
     content = load_checkpoint(path)
     check_same_run(content.get("config", {}), config, path)
     model.load_state_dict(content["model"])
@@ -301,17 +282,17 @@ class Busy(InputError):
 
 
 def locked(folder):
-    """A file that holds `folder` for this process until it is closed: a POSIX lock, which ends with the process, however that
-    ends. Raises Busy where a living process has it, on this machine or on another one that shares the file system.
+    """A file that holds `folder` for this process until it is closed, or the process ends, however it does: a POSIX lock.
+    Raises Busy where another one has it, on this machine or on one that shares the file system.
     """
-    stream = open(Path(folder) / ".lock", "a+")
+    stream = open(folder / ".lock", "a+")
     try:
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         stream.seek(0)
         raise Busy(f"{folder}: another process works on it ({stream.read().strip()})")
     stream.truncate(0)
-    stream.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
+    stream.write(f"host {platform.node()}, process {os.getpid()}\n")
     stream.flush()
     return stream
 
@@ -321,7 +302,7 @@ def lock_holder(folder):
     with suppress(FileNotFoundError), open(folder / ".lock") as stream:
         try:
             fcntl.lockf(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        except BlockingIOError:
             return stream.read().strip()
 
 

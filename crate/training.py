@@ -1,9 +1,8 @@
 """The training loop: Adam on cross-entropy + eta SRR (Eq. 14), the stopping criterion of Section 5, logs, exact resume.
 
-`step_of` and `fit` are the loop: batches, Eq. 14, step, stop, log, save; read them first. What an epoch draws at random depends
-on the config and its number alone, and state is saved between epochs, so a run that was killed and started again ends with the
-same bits (on a CPU, with as many threads). With torchrun every process is a rank that takes its share of each batch; rank 0
-alone writes.
+`step_of` and `fit` are the loop: batches, Eq. 14, step, stop, log, save. What an epoch draws at random depends on the config
+and its number alone, and state is saved between epochs: a run that was killed and started again ends with the same bits (on a
+CPU, with as many threads). With torchrun every process is a rank that takes its share of each batch; rank 0 alone writes.
 """
 
 import json
@@ -105,10 +104,14 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
             epochs, said_at = f"epoch {state['epoch']} of {config['epochs']}", time.monotonic()
             print(f"{folder.name}: {epochs}, train loss {row['train_loss']:.4f}", file=sys.stderr, flush=True)
         if rank == 0 and (finished(state, config) or time.monotonic() >= saved_at + config["save_every"]):
-            parts = {"model": model} if finished(state, config) else {"model": model, "optimizer": optimizer, "scaler": scaler}
-            parts = {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(folder / "last.pt", {"config": config, **parts, **state})
+            save(folder, config, state, {"model": model, "optimizer": optimizer, "scaler": scaler})
             saved_at = time.monotonic()
+
+
+def save(folder, config, state, parts):
+    """Write last.pt: all that the run goes on from, or of a finished one the weights alone."""
+    parts = {name: part.state_dict() for name, part in parts.items() if name == "model" or not finished(state, config)}
+    save_checkpoint(folder / "last.pt", {"config": config, **parts, **state})
 
 
 def finished(state, config):
@@ -177,20 +180,19 @@ def log(row, config, folder, data, model, state, began):
     warning: a diagnostic ends no run.
     """
     epoch, last = state["epoch"], finished(state, config)
-    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-        raise InputError(f"epoch {epoch}: the weights are not finite; {CURE}")
     if last or epoch % config["validate_every"] == 0:
         row["val_loss"], row["val_accuracy"] = evaluate(model, data, data.val_images, data.val_labels)
-        if not math.isfinite(row["val_loss"]):
-            raise InputError(f"epoch {epoch}: the validation loss is {row['val_loss']}; {CURE}")
+    finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+    if not (finite and math.isfinite(row.get("val_loss", 0))):
+        raise InputError(f"epoch {epoch}: the weights or the validation loss are not finite; {CURE}")
     if config["log_srr_every"] and (last or epoch % config["log_srr_every"] == 0):
         train, val = (data.prepare(images[:SRR_IMAGES]) for images in (data.train_images, data.val_images))
         due = [("srr", layer_srr, train), ("srr_val", layer_srr, val), ("operators", operator_rates, train)]
         for key, rates, images in due if last or epoch == 0 else due[:2]:
+            row[key] = None
             try:
                 row[key] = rates(model, images, sparsity=config["srr_lambda"], gamma=config["srr_gamma"])
             except ValueError as error:
-                row[key] = None
                 tqdm.write(f"warning: {folder}: epoch {epoch}: {key} is null in the log: {error}", file=sys.stderr)
     state["rows"].append(row | {"seconds": round(time.perf_counter() - began, 3)})
     if ranks()[0] == 0:
@@ -242,11 +244,9 @@ def evaluate_both(model, data):
 
 def finish(config, folder, data, model, state):
     """Evaluate the trained model, write result.json and return what it says."""
-    result = {
-        "reached_target": None if config["stop_at_loss"] is None else state["loss_bound"] < config["stop_at_loss"],
-        "epochs": state["epoch"], "steps": state["step"], **evaluate_both(model, data),
-        "seconds": round(sum(row["seconds"] for row in state["rows"]), 3),
-    }  # fmt: skip
+    reached = None if config["stop_at_loss"] is None else state["loss_bound"] < config["stop_at_loss"]
+    result = {"reached_target": reached, "epochs": state["epoch"], "steps": state["step"], **evaluate_both(model, data)}
+    result["seconds"] = round(sum(row["seconds"] for row in state["rows"]), 3)
     if ranks()[0] == 0:
         write_json(folder / "result.json", result)
     return result
@@ -256,8 +256,7 @@ def train(config, folder, show_progress=True, again=False):
     """Train the run that `config` describes in `folder`, from where it stands; `again`: anew, if other code or other images
     made what is there. Returns what result.json holds.
 
-    Raises Busy where another process has the folder, InputError where a checkpoint can't be read or the loss is not finite; the
-    last saved epoch stays, and the reason is left in error.txt.
+    Raises Busy where another process has the folder. After any other error the last saved epoch stays, and error.txt says why.
     """
     folder, (rank, world) = Path(folder), ranks()
     folder.mkdir(parents=True, exist_ok=True)

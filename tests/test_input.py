@@ -77,33 +77,32 @@ def test_names():
 
 
 def test_what_other_code_made_is_said_and_made_anew_when_asked(script, tmp_path, monkeypatch):
-    """A finished run, one that goes on, and one from before there were checksums and longer names."""
+    """A finished run, one that goes on, and one from before there were checksums."""
     sweep = (*TINY, "--epochs", 2, "--out", tmp_path, "--seed", 0, 1, 2)
     assert "made by" not in script(*sweep)[1]
-    finished, resumed, old = sorted(tmp_path.iterdir())
-    right = outcome(tmp_path)
-    (resumed / "result.json").unlink()
-    config = json.loads((old / "config.json").read_text())
-    (old / "config.json").write_text(json.dumps({key: config[key] for key in config if key not in ("code", "data")}))
-    old = old.rename(tmp_path / "crate-c_d12_L2_b50_lr0.002_p0_s2")
+    files = [folder / "config.json" for folder in sorted(tmp_path.iterdir())]
+    right, config = outcome(tmp_path), json.loads(files[2].read_text())
+    (files[1].parent / "result.json").unlink()
+    files[2].write_text(json.dumps({key: config[key] for key in config if key not in ("code", "data")}))
+
+    def made():
+        return [json.loads(file.read_text()).get("code") for file in files]
+
     monkeypatch.setattr(runs, "code_checksum", lambda: "edited")
-    code, out, _ = script(*sweep)
-    assert code == 0 and f"made by other code: 3 of 3, such as {finished.name}; --again" in out and len(outcome(tmp_path)) == 3
-    made = [json.loads((folder / "config.json").read_text()).get("code") for folder in (finished, resumed, old)]
-    assert made == [config["code"], f"{config['code']} edited", None]
-    assert "3 of 3" in script(*sweep)[1] and "trained anew now" in script(*sweep, "--again")[1]
-    assert {json.loads((folder / "config.json").read_text())["code"] for folder in tmp_path.iterdir()} == {"edited"}
-    assert list(outcome(tmp_path).values()) == list(right.values()) and "made by" not in script(*sweep)[1]
+    said = f"made by other code: 3 of 3, such as {files[0].parent.name}; "
+    assert said + "--again" in script(*sweep)[1] and made() == [config["code"], f"{config['code']} edited", None]
+    assert said + "--again" in script(*sweep)[1] and said + "trained anew now" in script(*sweep, "--again")[1]
+    assert made() == ["edited"] * 3 and outcome(tmp_path) == right and "made by" not in script(*sweep)[1]
 
 
 def test_the_checksum_is_that_of_the_code(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     (tmp_path / "crate").mkdir()
+    (tmp_path / "train.py").touch()
     for file in ("crate/a.py", "crate/b.py", "train.py", "README.md"):
-        (tmp_path / file).write_text("1")
-        seen = runs.code_checksum.__wrapped__()
-        (tmp_path / file).write_text("2")
-        assert (runs.code_checksum.__wrapped__() == seen) == (file == "README.md")
+        before = runs.code_checksum.__wrapped__()
+        (tmp_path / file).write_text("new")
+        assert (runs.code_checksum.__wrapped__() == before) == (file == "README.md")
 
 
 def test_the_commit_is_that_of_this_folder_alone(tmp_path, monkeypatch):
@@ -136,7 +135,7 @@ def test_images(script, tmp_path, monkeypatch):
     def refused():
         load_data.cache_clear()
         decode.cache_clear()
-        assert_refused(script(*command, "photos"), "config.json", "other images", "--dataset", "--again")
+        assert_refused(script(*command, "photos"), "config.json", "not the run's (6 + 4", "--dataset", "--again")
 
     measure = ("measure", "runs", "--groups", "norms", "--out", "m.csv")
     refused()
@@ -151,7 +150,8 @@ def test_images(script, tmp_path, monkeypatch):
     (folder / "result.json").unlink()
     refused()
     code, out, _ = script(*command, "photos", "--again")
-    assert code == 0 and "2 epochs" in out and not (folder / "measures.json").exists()
+    assert code == 0 and "2 epochs" in out
+    assert "0 measured already" in script(*measure, "--dataset", "photos")[1]
     assert json.loads((folder / "config.json").read_text())["data"].startswith("5 + 4 images")
 
 

@@ -219,7 +219,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     fit(one | {"epochs": 1}, tmp_path, data, model, optimizer, scaler, state, BAR)
     before = (tmp_path / "last.pt").read_bytes()
     optimizer.register_step_post_hook(lambda *_: model.layers[1].ista.D.data.fill_(math.inf) if state["step"] == 5 else None)
-    with pytest.raises(InputError, match="epoch 2: the weights are not finite"):
+    with pytest.raises(InputError, match="epoch 2: the weights or the validation loss are not finite"):
         fit(one, tmp_path, data, model, optimizer, scaler, state, BAR)
     assert (tmp_path / "last.pt").read_bytes() == before
 
