@@ -245,13 +245,9 @@ def accuracy_claims(points, gains):
     return rows
 
 
-def layer_choice_claims(gains):
-    """Which layer's SRR (Table 6)? gains: points, a Series of index (seed, srr_layer), the layers in order."""
-    by_layer = gains.unstack("srr_layer", sort=False)
-    fixed = by_layer.drop(columns=["all", "random"], errors="ignore")
-    half = fixed.shape[1] // 2
-    every, shallow, deep = (own.mean(axis=1, skipna=False) for own in (fixed, fixed.iloc[:, :half], fixed.iloc[:, -half:]))
-    text = "A fixed layer's SRR is better than a random one's: points"
-    rows = over_seeds("6", text, +1, {"": every - by_layer.get("random", math.nan)})
-    text = "Shallower layers gain more: first half minus second, points"
-    return rows + over_seeds("6", text, +1, {"": shallow - deep})
+def layer_choice_claims(points):
+    """Which layer's SRR (Table 6)? points: accuracies in %, a Series of index (seed, srr_layer)."""
+    by_layer = points.unstack("srr_layer")
+    fixed = by_layer.drop(columns=["all", "random"], errors="ignore").mean(axis=1, skipna=False)
+    gain = fixed - by_layer.get("random", math.nan)
+    return over_seeds("6", "A fixed layer's SRR is better than a random one's: points", +1, {"": gain})
