@@ -37,8 +37,8 @@ def subspaces(tokens, U, heads):
 def coding_rate(tokens, coefficient):
     """R(Z) = 1/2 logdet(I + c Z^T Z) (in Eq. 1) of tokens (..., N, d): (...).
 
-    `coefficient` is c = d / (N eps^2), a float: K gamma of Z, gamma of V_k. Raises ValueError where tokens have no token axis, are
-    not finite, or too large and too alike for float64 (the last two on CUDA, which is not waited for: NaN instead).
+    `coefficient` is c = d / (N eps^2), a float: K gamma of Z, gamma of V_k. Raises ValueError where tokens have no token axis,
+    are not finite, or too large and too alike for float64 (the last two on CUDA, which is not waited for: NaN instead).
     """
     if tokens.ndim < 2:
         raise ValueError(f"tokens must be (..., N, d), not {tuple(tokens.shape)}")
