@@ -5,16 +5,16 @@
     python measure.py checkpoint.pth --heads 6 --dataset cifar10    a released CRATE checkpoint; one with another data
                                                                     set's classes: --groups norms srr
 
-A run's measures are kept in its folder, in measures.json, and made again where its checkpoint or --images changed; where the
-code changed, one line says so, and --again makes them again. The table is
-put together from these files and replaces what lay at --out; measures stand right of the gaps, all else left of them. Beside
-it: measures_layers.csv, SRR's parts per layer.
+A run's measures are kept in its folder, in measures.json, and made again where its checkpoint or --images changed; where other
+code made them, one line says so, and --again makes them again. The table is put together from these files and replaces what lay
+at --out; measures stand right of the gaps, all else left of them. Beside it: measures_layers.csv, SRR's parts per layer.
 """
 
 import hashlib
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,18 +58,14 @@ def parse_arguments():
 
 
 def measured(folder, arguments):
-    """What measures.json holds; without any measure where it is missing, damaged or of another checkpoint or --images, and, if
-    some of --groups are missing, of other code.
-    """
+    """What measures.json holds, or no measure where it is missing, damaged, of another checkpoint or other --images."""
     key = {"checksum": hashlib.sha256((folder / "last.pt").read_bytes()).hexdigest()[:16], "images": arguments.images}
-    try:
+    code = {"code": code_checksum()}
+    with suppress(InputError, FileNotFoundError):
         saved = read_json(folder / "measures.json")
-    except (InputError, FileNotFoundError):
-        saved = {}
-    fresh = {"groups": [], "measures": {}, "details": {}, "layers": [], "failed": {}, "code": code_checksum()}
-    complete = set(arguments.groups) <= set(saved.get("groups", []))
-    usable = saved.get("code") == code_checksum() or complete and not arguments.again
-    return saved if usable and key.items() <= saved.items() else key | fresh
+        if (key | (code if arguments.again else {})).items() <= saved.items():
+            return saved
+    return key | code | {"groups": [], "measures": {}, "details": {}, "layers": [], "failed": {}}
 
 
 def measure_run(folder, name, arguments, device):
@@ -77,7 +73,7 @@ def measure_run(folder, name, arguments, device):
     saved, began = measured(folder, arguments), time.perf_counter()
     missing = [group for group in arguments.groups if group not in saved["groups"]]
     config, _, model, initial = load_run(folder, device)
-    config |= {"dataset": arguments.dataset or config["dataset"]}
+    config["dataset"] = arguments.dataset or config["dataset"]
     new = measure(model, initial, data_of(config, arguments.data_dir, device), missing, arguments.images)
     merged = {key: saved[key] | new[key] for key in ("measures", "details", "failed")}
     merged |= {"groups": saved["groups"] + missing, "layers": new["layers"] or saved["layers"]}
@@ -86,7 +82,6 @@ def measure_run(folder, name, arguments, device):
 
 
 def describe(name, new, began):
-    """Say that a model has been measured: seconds, what is doubtful, what can't be computed."""
     flags = " ".join(["", *doubtful(new["measures"], new["details"])])
     failed = "".join(f"; {group} can't be computed: {why}" for group, why in new["failed"].items())
     tqdm.write(f"{name}: {time.perf_counter() - began:.1f} s{', doubtful:' + flags if flags else ''}{failed}")
@@ -106,10 +101,7 @@ def measure_all(job, jobs, todo, arguments, device, gpus):
 
 
 def measure_released(file, arguments, device):
-    """The config, result and measures of a released CRATE checkpoint.
-
-    Raises InputError where it isn't one, or doesn't fit the data set.
-    """
+    """Config, result and measures of a released CRATE checkpoint. Raises ValueError where it isn't one, or doesn't fit."""
     if None in (arguments.heads, arguments.dataset):
         raise InputError(f"{file}: a released CRATE checkpoint needs --heads and --dataset")
     try:
@@ -177,7 +169,6 @@ def main():
     counts = f"{len(finished + files)} models, {len(done)} measured already"
     print(f"{counts}; on {device}, searches on {arguments.images} images", flush=True)
     say_other_code("made", {names[one]: one / "config.json" for one in finished}, "train.py --again trains them anew")
-    say_other_code("measured", {names[one]: one / "measures.json" for one in done}, "--again measures them anew")
     gpus = torch.cuda.device_count() if device == torch.device("cuda") else 0
     jobs = min(arguments.jobs, len(todo) or 1)
     code, entries = in_processes(jobs, measure_all, jobs, todo, arguments, device, gpus), []
@@ -192,6 +183,7 @@ def main():
         except (ValueError, RuntimeError, OSError) as error:
             code = 2
             print(f"measure.py: error: {one_line(error, one)}", file=sys.stderr)
+    say_other_code("measured", {names[one]: one / "measures.json" for one in finished}, "--again measures them anew")
     if entries:
         write_tables(arguments.out, entries)
     print(f"{arguments.out}: {len(entries)} models")

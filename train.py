@@ -72,8 +72,7 @@ def parse_arguments():
     add(training, "--schedule", choices=("cosine", "constant"))
     add(training, "--weight-decay", "decoupled, on matrices (AdamW)", type=not_negative)
     add(training, "--clip-norm", "clip the gradient's norm to this", type=above_0)
-    stop = "stop once cross-entropy over the training set is below this; the paper: 0.01"
-    add(training, "--stop-at-loss", stop, type=above_0)
+    add(training, "--stop-at-loss", "stop once cross-entropy over the training set is below this (paper: 0.01)", type=above_0)
     add(training, "--validate-every", "and after the last epoch", type=positive, metavar="EPOCHS")
     add(training, "--seed", "own: one that no other setting has", type=seed)
 
@@ -88,8 +87,7 @@ def parse_arguments():
     presets = ("auto", *runs.PRESETS)
     add(command, "--preset", "auto: paper on a GPU, else laptop (default: auto)", choices=presets, default="auto")
     add(command, "--out", "folder of the run folders (default: runs/PRESET/single)", type=path)
-    again = "train anew what other code than this, or other images, made"
-    add(command, "--again", again, action="store_true")
+    add(command, "--again", "train anew what other code than this, or other images, made", action="store_true")
     draw = "N random settings for each model, each with all seeds: lr, dropout, weight decay between the values given"
     add(command, "--draw", draw, type=positive, metavar="N")
     add(command, "--jobs", "processes that share the work (default: 1)", type=positive, default=1)
@@ -97,8 +95,8 @@ def parse_arguments():
     amp = ("auto", "off", "bf16", "fp16")
     add(command, "--amp", "auto: bf16 on CUDA, off on CPU (default: auto)", choices=amp)
     add(command, "--no-graph", "on CUDA, launch each kernel of a step, not one CUDA graph", action="store_false", dest="graph")
-    saving = "save after an epoch if the last time is so long ago (default: 60 on CUDA, 10 on a CPU)"
-    add(command, "--save-every", saving, type=not_negative, metavar="SECONDS")
+    saving = "save after an epoch if the last time is so long ago (default: 20)"
+    add(command, "--save-every", saving, type=not_negative, metavar="SECONDS", default=20.0)
     add(command, "--status", "print the state of every run in FOLDER, and train nothing", type=path, metavar="FOLDER")
     return parser.parse_args()
 
@@ -117,7 +115,7 @@ def describe(folder, config, result, choice):
     line = "{epochs} epochs, train loss {train_loss:.4f}, val loss {val_loss:.4f}, val accuracy {val_accuracy:.2%}"
     line = f"{folder.name}: {line}, {{seconds:.0f}} s".format(**result)
     (layers,), log = runs.srr_layers(choice if choice != "random" else "all", config["depth"], 1), runs.read_log(folder)
-    if all(row.get("srr") for row in (log[0], log[-1])):
+    if log[0].get("srr") and log[-1].get("srr"):
         start, end = (sum(row["srr"][l]["srr"] for l in layers) / len(layers) for row in (log[0], log[-1]))
         whose = f"layer {layers[0] + 1}" if len(layers) == 1 else "all layers, mean"
         line += f"; SRR of training images ({whose}): {start:.1f} at the start, {end:.1f} at the end"
@@ -164,8 +162,6 @@ def main():
         preset = "paper" if device.type == "cuda" else "laptop"
     if amp == "auto":
         amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
-    if arguments["save_every"] is None:
-        arguments["save_every"] = 60.0 if device.type == "cuda" else 10.0
     flags = {key: value for key, value in arguments.items() if key in runs.DEFAULTS and value is not None}
     others = {key: arguments[key] for key in ("data_dir", "draw", "graph", "save_every")}
     configs = runs.resolve(flags, preset=preset, device=device, amp=amp, processes=world, **others)

@@ -121,7 +121,6 @@ def _other(work, *arguments):
 
 def write_bytes(path, content):
     """Write to a temporary file, flush it to disk, rename it: a reader sees the old file or the new one, never half of one."""
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as stream:
@@ -129,7 +128,7 @@ def write_bytes(path, content):
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # of a full disk, for one, which names no file
+    except OSError as error:  # a full disk names no file
         raise OSError(error.errno, error.strerror, str(path))
     finally:
         temporary.unlink(missing_ok=True)
