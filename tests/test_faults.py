@@ -4,7 +4,6 @@ Every resumed run is compared with one that nothing happened to: log.jsonl (time
 """
 
 import functools
-import io
 import os
 import random
 import shutil
@@ -14,12 +13,11 @@ import sys
 import time
 
 import pytest
-import torch
 
 from crate.runs import load_checkpoint, lock_holder, read_log, status
 from tests import processes
 from tests.conftest import assert_refused
-from tests.processes import ROOT, SMALL, SRR, Train, outcome, wait_until
+from tests.processes import ROOT, SRR, Train, outcome, wait_until
 
 pytestmark = pytest.mark.faults
 FP16 = ("--amp", "fp16", "--dropout", 0.1)
@@ -151,23 +149,3 @@ def test_refused_in_one_line_and_resumed(tmp_path, finish, flags, fault, words):
     (folder,) = out.iterdir()
     assert words in (folder / "error.txt").read_text() and status(folder)[0] == "failed"
     finish(out, "--epochs", 3, *flags)
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("harm",)
-
-
-def test_files_of_something_else(tmp_path, script, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run = ("train", *SMALL, "--epochs", 1, "--out", "runs", "--seed")
-    assert script(*run, 0, 1)[0] == 0
-    folder, other = sorted((tmp_path / "runs").iterdir())
-    (folder / "result.json").unlink()
-    torch.save({"model": {}, "config": Malicious()}, malicious := io.BytesIO())
-    contents = [malicious.getvalue(), (other / "last.pt").read_bytes()]
-    for name, content in [*(("last.pt", content) for content in contents), ("config.json", b"{")]:
-        (folder / name).write_bytes(content)
-        assert_refused(script(*run, 0), name)
-        assert (folder / name).read_bytes() == content and status(folder)[0] == "failed"
-    assert not (tmp_path / "harm").exists(), "a pickle was executed"

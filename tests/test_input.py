@@ -1,5 +1,6 @@
 """Any command line of train.py: correct runs, in folders that say what they are, or exit code 2 and one line that says why."""
 
+import io
 import json
 import math
 import os
@@ -22,6 +23,11 @@ from tests.processes import ROOT, SMALL, Train, environment, outcome
 from tests.test_data import write_classes, write_picture
 
 TINY = ("train", *SMALL, "--epochs", 1, "--log-srr-every", 0)
+
+
+def runs_of(draw=None, **flags):
+    where = dict(preset="laptop", device=torch.device("cpu"), amp="off", data_dir=Path("data"), graph=True, save_every=0.0)
+    return list(resolve(dict(width=12, heads=3, train_subset=20) | flags, **where, draw=draw).values())
 
 
 # Runs, their names and their folders
@@ -155,11 +161,6 @@ def test_images(script, tmp_path, monkeypatch):
     assert json.loads((folder / "config.json").read_text())["data"].startswith("5 + 4 images")
 
 
-def runs_of(draw=None, **flags):
-    where = dict(preset="laptop", device=torch.device("cpu"), amp="off", data_dir=Path("data"), graph=True, save_every=0.0)
-    return list(resolve(dict(width=12, heads=3, train_subset=20) | flags, **where, draw=draw).values())
-
-
 @pytest.mark.parametrize("seed", [0, "own"])
 def test_one_run_without_srr_and_a_seed_of_its_own(seed):
     """Without SRR in the loss a run is the same whatever its other SRR flags say."""
@@ -175,13 +176,14 @@ def test_the_device_decides_the_preset(script, tmp_path, monkeypatch):
     assert "preset laptop: digits, on cpu" in script("train", "--device", "cpu", "--epochs", 0, "--out", tmp_path)[1]
 
 
+DRAWN = dict(model=["crate", "vit"], lr=[1e-3, 1e-1], dropout=[0.0, 0.5], weight_decay=[0.0, 0.1], batch_size=[8, 16])
+
+
 def test_drawn_settings():
-    flags = dict(model=["crate", "vit"], lr=[1e-3, 1e-1], dropout=[0.0, 0.5], weight_decay=[0.0, 0.1], batch_size=[8, 16])
-    found = runs_of(draw=20, **flags)
-    assert [run["model"] for run in found] == ["crate"] * 20 + ["vit"] * 20 and found[:3] == runs_of(draw=3, **flags)[:3]
+    found = runs_of(draw=20, **DRAWN)
     for key in ("lr", "dropout", "weight_decay"):
         values = [run[key] for run in found]
-        assert len(set(values)) > 30 and min(flags[key]) <= min(values) < max(values) <= max(flags[key])
+        assert len(set(values)) > 30 and min(DRAWN[key]) <= min(values) < max(values) <= max(DRAWN[key])
     assert 10 < sum(run["lr"] < 1e-2 for run in found) < 30  # evenly on a logarithmic scale
     (same,) = runs_of(draw=3, lr=[0.0012345], dropout=[0.012345])
     assert (same["lr"], same["dropout"]) == (0.0012345, 0.012345)  # between one value and itself
@@ -189,12 +191,11 @@ def test_drawn_settings():
 
 @pytest.mark.parametrize("seeds", [[0], ["own"], [0, 5, "own"]])
 def test_drawn_settings_are_those_of_the_published_tables_with_each_seed(seeds):
-    flags = dict(model=["crate", "vit"], lr=[1e-3, 1e-1], dropout=[0.0, 0.5], weight_decay=[0.0, 0.1], batch_size=[8, 16])
     known = [("crate", 16, 0.0198, 0.22, 0.0401, 3077828531), ("crate", 16, 0.0058, 0.352, 0.0415, 1784097937)]
     known += [("vit", 8, 0.0013, 0.31, 0.0824, 686205360), ("vit", 8, 0.0047, 0.0929, 0.053, 2609479139)]
     expected = [(*one, own if seed == "own" else seed) for *one, own in known for seed in seeds]
     keys = "model batch_size lr dropout weight_decay seed".split()
-    assert [tuple(run[key] for key in keys) for run in runs_of(draw=2, **flags, seed=seeds)] == expected
+    assert [tuple(run[key] for key in keys) for run in runs_of(draw=2, **DRAWN, seed=seeds)] == expected
 
 
 def test_status(script, tmp_path):
@@ -216,30 +217,43 @@ def test_status(script, tmp_path):
     assert_refused(script("train", "--status", tmp_path / "none"), "no such folder")
 
 
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
 def test_a_run_that_fails_fails_alone(script, tmp_path, monkeypatch):
-    """Of broken files and of what torch raises there is one line each, which names the run."""
-    sweep, real = (*TINY, "--out", tmp_path, "--seed", *range(5)), training.finish
+    """Of broken and foreign files and of what torch raises there is one line each, which names the run."""
+    monkeypatch.chdir(tmp_path)
+    sweep, real = (*TINY, "--out", "runs", "--seed", *range(7)), training.finish
     assert script(*sweep)[0] == 0
-    right, folders = outcome(tmp_path), sorted(tmp_path.iterdir())
+    right, folders = outcome(Path("runs")), sorted(Path("runs").iterdir())
+    torch.save({"model": {}, "config": Malicious()}, malicious := io.BytesIO())
+    other = (folders[0] / "last.pt").read_bytes()
+    broken = [("result.json", b"{"), ("last.pt", b""), ("last.pt", malicious.getvalue()), ("last.pt", other)]
     for folder in folders[1:]:
         (folder / "result.json").unlink()
-    (folders[1] / "result.json").write_text("{")
-    (folders[2] / "last.pt").write_text("")
+    for folder, (name, content) in zip(folders[1:], broken):
+        (folder / name).write_bytes(content)
 
     def out_of_memory(config, *rest):
-        if config["seed"] == 3:
+        if config["seed"] == 5:
             raise RuntimeError("CUDA error: out of memory\nmore")
         return real(config, *rest)
 
     monkeypatch.setattr(training, "finish", out_of_memory)
     code, _, error = script(*sweep)
     lines = sorted(line for line in error.splitlines() if "error: " in line)
-    for folder, word, line in zip(
-        folders[1:4], ("result.json", "last.pt", "CUDA error: out of memory more"), lines, strict=True
-    ):
+    words = ["result.json", "last.pt", "last.pt", "another run, seed is 0 there but 4 now", "CUDA error: out of memory more"]
+    for folder, word, line in zip(folders[1:6], words, lines, strict=True):
         assert code == 2 and folder.name in line and word in line and "Traceback" not in error
+    for folder, (name, content) in zip(folders[1:], broken):
+        assert (folder / name).read_bytes() == content
+    assert not Path("harm").exists(), "a pickle was executed"
     (folders[1] / "result.json").unlink()
-    assert outcome(tmp_path) == {name: right[name] for name in (folders[0].name, folders[4].name)}
+    assert outcome(Path("runs")) == {folder.name: right[folder.name] for folder in (folders[0], folders[6])}
+    (folders[6] / "config.json").write_bytes(b"{")
+    assert_refused(script(*sweep), f"{folders[6]}/config.json")
 
 
 # What surrounds the process
@@ -247,14 +261,12 @@ def test_a_run_that_fails_fails_alone(script, tmp_path, monkeypatch):
 
 def test_several_processes(script, tmp_path):
     """They share the runs; one that fails is an exit code."""
-    sweep = (*TINY, "--out", tmp_path, "--jobs", 2, "--seed", *range(4))
-    assert script(*sweep)[0] == 0
-    right, folders = outcome(tmp_path), sorted(tmp_path.iterdir())
-    assert len(right) == 4
-    for folder in folders:
-        (folder / "result.json").unlink()
-        (folder / "last.pt").write_text("")
-    assert script(*sweep)[0] == 2 and all((folder / "error.txt").exists() for folder in folders)
+    assert script(*TINY, "--out", tmp_path)[0] == 0
+    (broken,) = tmp_path.iterdir()
+    (broken / "result.json").unlink()
+    (broken / "last.pt").write_text("")
+    assert script(*TINY, "--out", tmp_path, "--jobs", 2, "--seed", *range(4))[0] == 2
+    assert len(outcome(tmp_path)) == 3 and (broken / "error.txt").exists()
 
 
 @pytest.mark.parametrize("wanted, jobs, threads", [(16, 1, 6), (16, 2, 3), (1, 2, 1), (16, 7, 1)])
