@@ -155,13 +155,15 @@ def operator_claims(changes):
 
 def rank_claims(widths, others):
     """Section 5, from correlation.csv tables: {words: table} of each width; of all widths together and of random settings."""
-    rows, every, smallest = [], widths | others, dict([*widths.items()][:1])
+    rows, every, smallest, larger = [], widths | others, dict([*widths.items()][:1]), dict([*widths.items()][1:])
     for text, side, column, tables, measures, gap in (
         ("SRR correlates with the gap: tau", +1, "tau", widths, ["srr"], "gap"),
         ("SRR has the highest tau: its lead over the closest rival", +1, "lead", widths, ["srr"], "gap"),
         ("SRR wins on model types: its lead in psi over the closest rival", +1, "lead_psi_model", smallest, ["srr"], "gap"),
         ("Norms and path-norm correlate negatively: tau", -1, "tau", smallest, NORMS, "gap"),
         ("1/margin and PAC-Bayes flatness correlate positively: tau", +1, "tau", smallest, FLATNESS, "gap"),
+        ("SRR is not the best on dropout: its lead in psi", -1, "lead_psi_dropout", larger, ["srr"], "gap"),
+        ("SRR is not the best on model types: its lead in psi", -1, "lead_psi_model", larger, ["srr"], "gap"),
         (BEYOND + "SRR correlates over all widths, and at random settings: tau", +1, "tau", others, ["srr"], "gap"),
         (BEYOND + "SRR ranks models of one type: tau", +1, "tau_same_model", every, ["srr"], "gap"),
         (BEYOND + "SRR ranks models of one type and rate: tau", +1, "tau_same_model_lr", every, ["srr"], "gap"),
