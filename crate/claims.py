@@ -137,9 +137,20 @@ def course_claims(layers):
     return over_seeds("4.3", text, +1, worst, tests=tests)
 
 
+def operator_changes(operators):
+    """What attention and ISTA change R^c by in trained models, mean over layers: columns after, after_equal_norm, index
+    (of, model, point, seed). operators: rows of operators.csv, `of` what they are of."""
+    run = ["experiment", "run"]
+    own = operators[operators["epoch"] == operators.groupby(run)["epoch"].transform("max")].query("epoch > 0")
+    # The points are in the order in which tokens pass them: an operator is named by the point behind it.
+    before = own.groupby([*run, "layer"])["rate_subspaces"].shift()
+    own = own.assign(after=own["rate_subspaces"] - before, after_equal_norm=own["rate_subspaces_equal_norm"] - before)
+    keys = ["of", "model", "point", "seed"]
+    return own.dropna(subset="after").groupby(keys, sort=False)[["after", "after_equal_norm"]].mean()
+
+
 def operator_claims(changes):
-    """What compresses in trained models (Section 4.3). changes: of R^c, mean over layers, columns after, after_equal_norm,
-    index (of, model, point, seed)."""
+    """What compresses in trained models (Section 4.3). changes: see operator_changes."""
     rows = []
     for text, side, models, point, rate in (
         ("Attention raises R^c", +1, ["crate-c", "crate-t", "crate"], "compressed", "after"),

@@ -175,7 +175,7 @@ def forest(taus, path, *, label):
 def agreement(taus, path, *, label):
     """tau with its interval for several sets of models, and together (the results page).
 
-    taus: {title of panel: {set: ((tau, low, high), another such), each None where there is none}}; the second is hollow.
+    taus: {title of panel: {set: two rows of page.csv, each None where there is none}}; the second is hollow.
     """
     lines = [*next(iter(taus.values()))]
     figure, axes = grid(len(taus), len(taus), width=2.6, height=0.9 + 0.36 * len(lines), sharex=True, sharey=True)
@@ -185,13 +185,13 @@ def agreement(taus, path, *, label):
             colour = "black" if together else COLOURS["crate-n" if line.startswith("CIFAR") else "crate-c"]
             for estimate, place, face in zip(numbers[line], (y, y + 0.28), (colour, "white")):
                 if estimate:
-                    tau, low, high = estimate
-                    axis.plot([low, high], [place, place], color=colour, linewidth=2 if face == colour else 1)
-                    axis.plot(tau, place, "D" if together else "o", color=colour, markerfacecolor=face)
+                    ends = [estimate["low"], estimate["high"]]
+                    axis.plot(ends, [place, place], color=colour, linewidth=2 if face == colour else 1)
+                    axis.plot(estimate["number"], place, "D" if together else "o", color=colour, markerfacecolor=face)
             if numbers[line][0] is None:
                 axis.text(0, y, " too few pairs", va="center", fontsize=8, color=GREY)
             elif together:
-                text = "{:.2f} [{:.2f}, {:.2f}]".format(*numbers[line][0]).replace("-", "−")
+                text = "{number:.2f} [{low:.2f}, {high:.2f}]".format(**numbers[line][0]).replace("-", "−")
                 axis.text(0.15, y + 0.25, text, ha="center", va="top", fontsize=9, fontweight="bold")
                 axis.axhline(y - 0.5, color="0.8", linewidth=0.8)
                 axis.axhline(y + 0.75, color="0.8", linewidth=0.8)
@@ -206,13 +206,13 @@ def agreement(taus, path, *, label):
     save(figure, path)
 
 
-def pushed(changes, slopes, path):
+def pushed(changes, path):
     """The gap when SRR is pushed through the loss, in % of eta = 0: each type, and their mean (the results page).
 
-    changes: {title: rows {model, srr_reg, seed, srr, gap}}; slopes: {title: % of gap per % of SRR where nobody pushed}.
+    changes: {title: (rows {model, srr_reg, seed, srr, gap}, % of gap per % of SRR where nobody pushed)}.
     """
     figure, axes = grid(len(changes), len(changes), width=4.6, height=4, sharey=True)
-    for axis, (title, rows) in zip(axes, changes.items()):
+    for axis, (title, (rows, slope)) in zip(axes, changes.items()):
         models = sorted(rows["model"].unique(), key=lambda model: [*COLOURS, model].index(model))
         for model, colour in colours_of(models).items():
             own = rows[rows["model"] == model]
@@ -230,7 +230,7 @@ def pushed(changes, slopes, path):
         for line in axis.axhline, axis.axvline:
             line(0, color=GREY, linewidth=0.8)
         dashed = dict(color=GREY, linestyle="--", linewidth=1, label="models of one type that nobody pushed")
-        axis.axline((0, 0), slope=slopes[title], **dashed)
+        axis.axline((0, 0), slope=slope, **dashed)
         axis.set_title(f"{title}: {rows['seed'].nunique()} seeds", fontsize=10)
         axis.set_xlabel("change of SRR through the loss (%)")
         axis.grid(alpha=0.3)

@@ -171,23 +171,12 @@ def attention_section(results, runs):
     return found, section("Does a compression step lower R^c? (Section 4.1)", *parts)
 
 
-def rate_changes(operators):
-    """What attention and ISTA change R^c by in trained models, mean over layers: columns after, after_equal_norm, index
-    (of, model, point, seed)."""
-    own = operators[operators["epoch"] == operators.groupby(RUN)["epoch"].transform("max")].query("epoch > 0")
-    # The points are in the order in which tokens pass them: an operator is named by the point behind it.
-    before = own.groupby([*RUN, "layer"])["rate_subspaces"].shift()
-    own = own.assign(after=own["rate_subspaces"] - before, after_equal_norm=own["rate_subspaces_equal_norm"] - before)
-    keys = ["of", "model", "point", "seed"]
-    return own.dropna(subset="after").groupby(keys, sort=False)[["after", "after_equal_norm"]].mean()
-
-
 def layers_section(results, runs):
     """Section 4.3."""
     layers, operators = (read_rows(results, name, runs) for name in ("layers", "operators"))
     layers = layers[layers["images"] == "train"]
     start, trained = layers.query("part == 'layers' and epoch == 0"), layers[layers["part"] == "compared"]
-    changes = rate_changes(operators[operators["part"] == "compared"])
+    changes = claims.operator_changes(operators[operators["part"] == "compared"])
     figures_of = {"layers": ("Fig. 2, at initialisation", start, "of", "model")}
     for of, own in trained.groupby("of", sort=False):
         figures_of["fig_2_" + re.sub("[^0-9A-Za-z]+", "_", of)] = "Figs. 2, 3", own, "model", "when"
@@ -297,7 +286,7 @@ def intervention_section(results, runs):
     """The runs in which eta moves SRR, beside the models that nobody pushed."""
     everyone = runs[runs["part"] == "intervention"]
     moved = everyone[~everyone["reached_target"].eq(False)].dropna(subset=["srr", "gap"])
-    observed, found, changes, dashed = claims.observed_slopes(results), [], {}, {}
+    observed, found, drawn = claims.observed_slopes(results), [], {}
     for (of, layer), own in moved[moved["srr_reg"] != 0].groupby(["of", "srr_layer"], sort=False):
         plain = moved[(moved["srr_reg"] == 0) & (moved["of"] == of)]
         slopes = claims.slopes(pd.concat([plain, own]))
@@ -305,12 +294,11 @@ def intervention_section(results, runs):
         title = f"{of}, --srr-layer {layer}"
         text = f"{claims.BEYOND}the gap follows SRR when the loss moves it, {title}: slope"
         found += claims.over_seeds("5", text, +1, slopes)
-        changes[title] = claims.changes(plain, own)
         means = plain.groupby("model")[["srr", "gap"]].mean().mean()
-        dashed[title] = claims.narrowest(observed) * means["srr"] / means["gap"]
-    if not changes:
+        drawn[title] = claims.changes(plain, own), claims.narrowest(observed) * means["srr"] / means["gap"]
+    if not drawn:
         return [], []
-    figures.pushed(changes, dashed, results / "figures/intervention.png")
+    figures.pushed(drawn, results / "figures/intervention.png")
     words = "; ".join(f"{with_interval(*slope, '+.2g')} ({what})" for what, slope in observed.items())
     return found, section(
         "Beyond the paper: does the gap follow SRR? (intervention)",
