@@ -25,9 +25,11 @@ from tests.test_data import write_classes, write_picture
 TINY = ("train", *SMALL, "--epochs", 1, "--log-srr-every", 0)
 
 
+WHERE = dict(preset="laptop", device=torch.device("cpu"), amp="off", data_dir=Path("data"), graph=True, save_every=0.0)
+
+
 def runs_of(draw=None, **flags):
-    where = dict(preset="laptop", device=torch.device("cpu"), amp="off", data_dir=Path("data"), graph=True, save_every=0.0)
-    return list(resolve(dict(width=12, heads=3, train_subset=20) | flags, **where, draw=draw).values())
+    return list(resolve(dict(width=12, heads=3, train_subset=20) | flags, **WHERE, draw=draw).values())
 
 
 # Runs, their names and their folders
@@ -67,13 +69,12 @@ def test_another_setting_is_another_run(script, tmp_path):
 
 def test_names():
     """Those of the published tables, where settings are the preset's; else what differs; they are names of folders."""
-    where = dict(device=torch.device("cpu"), amp="off", data_dir=Path("data"), graph=True, save_every=0.0)
     for flags, name in (
         ({}, "crate-c_d48_L4_b32_lr0.002_p0_s0"),
         ({"epochs": 30, "lr": [1e-3], "srr_reg": [0.1], "weight_decay": [0.01]}, "lr0.001_p0_wd0.01_eta0.1_last_l0_s0"),
         ({"epochs": 400, "schedule": "constant", "stop_at_loss": 0.01}, "_p0_e400_constant_stop0.01_s0"),
     ):
-        (found,) = resolve(flags, preset="laptop", **where)
+        (found,) = resolve(flags, **WHERE)
         assert found.endswith(name)
     name = run_name(runs_of()[0], {"dataset": "/photos/a b:c\n" + 99 * "x"})
     assert "_a-b-c-xxx" in name and len(name) < 99

@@ -1,10 +1,7 @@
-"""measure.py through its command line: the tables, what is kept and what is measured again, shared work, broken runs."""
+"""measure.py through its command line: the tables, what is kept and what is measured again, broken runs."""
 
 import os
 import shutil
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pandas as pd
@@ -12,6 +9,7 @@ import pytest
 import torch
 
 import measure
+from crate import runs as of_runs
 from crate.data import data_of
 from crate.runs import load_run
 from crate.srr import layer_srr
@@ -90,6 +88,12 @@ def test_what_is_measured_is_kept_until_checkpoint_or_images_change(script, runs
     assert groups("--groups", "norms", "--images", 30) == [["norms"]] * 2  # of other images than it says
     (runs / "a" / "measures.json").write_text("{")
     assert groups("--groups", "norms", "--images", 30) == [["norms"]]
+    monkeypatch.setattr(measure, "code_checksum", lambda: "edited")
+    monkeypatch.setattr(of_runs, "code_checksum", lambda: "edited")
+    assert groups("--groups", "norms", "srr", "--images", 30) == [["srr"]] * 2
+    assert "\nmeasured by other code: 2 of 2" in script("measure", runs, "--out", out, "--images", 30, "--groups", "srr")[1]
+    assert groups("--groups", "norms", "--images", 30, "--again") == [["norms"]] * 2
+    assert "measured by other code" not in script("measure", runs, "--out", out, "--images", 30, "--groups", "norms")[1]
     shutil.rmtree(runs / "a")
     assert groups(*CHEAP) and list(table(out).index) == ["b"]  # the tables are of these runs alone
 
@@ -103,30 +107,6 @@ def test_names_and_what_is_left_out(script, runs, tmp_path):
     code, printed, _ = script("measure", runs, "--out", tmp_path / "m.csv", *CHEAP)
     assert code == 0 and "unfinished or of no epoch are left out: a\n" in printed
     assert list(table(tmp_path / "m.csv").index) == ["again/a", "b"]
-
-
-@pytest.mark.slow
-@pytest.mark.faults
-def test_two_commands_at_once_and_a_kill_lose_nothing(script, runs, tmp_path):
-    expected, out = tmp_path / "expected.csv", tmp_path / "measures.csv"
-    for i in range(4):
-        shutil.copytree(runs / "ab"[i % 2], runs / f"run{i}")
-    script("measure", runs, "--out", expected, *CHEAP)
-    for path in runs.glob("*/measures.json"):
-        path.unlink()
-
-    def start(jobs):
-        command = [sys.executable, measure.__file__, runs, "--out", out, *CHEAP, "--jobs", jobs]
-        return subprocess.Popen(list(map(str, command)))
-
-    killed = start(1)
-    while not list(runs.glob("*/measures.json")):
-        time.sleep(0.001)
-    killed.kill()
-    killed.wait()
-    assert not out.exists()
-    assert [process.wait(120) for process in (start(1), start(2))] == [0, 0]
-    assert out.read_bytes() == expected.read_bytes()
 
 
 BREAKS = [
