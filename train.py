@@ -33,8 +33,8 @@ def parse_arguments():
     rows = [f"  {name:8}" + ", ".join(f"{key} {value}" for key, value in runs.PRESETS[name].items()) for name in runs.PRESETS]
     models = [f"  {name:16}{variant.description}" for name, variant in VARIANTS.items()]
     parser.epilog = "\n".join(["models:", *models, "", "presets, which change these defaults:", *rows])
-    count, positive, not_negative, above_0 = number(int, 0), number(int, 1, 10**18), number(float, 0), number(float, above=0)
-    share = number(float, 0, below=1)
+    count, positive = number(int, 0), number(int, 1, below=10**18)
+    not_negative, above_0, share = number(float, 0), number(float, above=0), number(float, 0, below=1)
 
     def seed(text):
         return text if text == "own" else count(text)
@@ -103,10 +103,9 @@ def parse_arguments():
 
 def print_status(folder):
     found = [(str(path.relative_to(folder.resolve())), *runs.status(path)) for path in runs.find_runs([folder])]
-    width = max(len(name) for name, _, _ in found)
+    width, counts = max(len(name) for name, *_ in found), Counter(word for _, word, _ in found)
     for name, word, remark in found:
         print(f"{name:{width}}  {word:10}  {remark}")
-    counts = Counter(word for _, word, _ in found)
     print(f"{len(found)} runs: " + ", ".join(f"{n} {word}" for word, n in sorted(counts.items())))
 
 

@@ -50,29 +50,28 @@ def run(main):
 
     for name in signals:
         signal.signal(name, stop)
-    code, message = 0, None
     try:
         code = main()
         sys.stdout.flush()
+        sys.exit(code)
     except KeyboardInterrupt as interrupt:
         number = signal.Signals(interrupt.args[0])
         code, message = 128 + number, f"stopped by {number.name}; run the same command again to go on"
     except (InputError, OSError, MemoryError) as error:
         code, message = 2, f"error: {one_line(error)}"
-    if message:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {message}\n")  # in one piece, where several processes write
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {message}\n")  # in one piece, where several processes write
     sys.exit(code)
 
 
-def number(kind, low=-math.inf, high=math.inf, *, above=-math.inf, below=math.inf):
-    """An argparse `type`: a finite int or float in [low, high] and in (above, below)."""
+def number(kind, low=-math.inf, *, above=-math.inf, below=math.inf):
+    """An argparse `type`: a finite int or float, at least `low`, and between `above` and `below`."""
 
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high and above < value < below and abs(value) < math.inf):
-            bounds = {">=": low, ">": above, "<=": high, "<": below}
-            wanted = " and ".join(f"{sign} {bound}" for sign, bound in bounds.items() if math.isfinite(bound)) or "finite"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {wanted}")
+        if not (low <= value and above < value < below):
+            bounds = {">=": low, ">": above, "<": below}
+            wanted = [f"{sign} {bound}" for sign, bound in bounds.items() if math.isfinite(bound)] or ["finite"]
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {' and '.join(wanted)}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid float value"

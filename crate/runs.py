@@ -216,7 +216,7 @@ def commit():
 
 
 def model_of(config):
-    """The model that a run's config.json describes, newly initialised."""
+    """The model that a config describes, newly initialised."""
     return build_model(config["model"], **{key: config[key] for key in MODEL_SETTINGS})
 
 
@@ -240,14 +240,11 @@ def save_checkpoint(path, content):
 def load_checkpoint(path):
     """The dict in a checkpoint, on the CPU. Raises InputError where the file is no checkpoint, or cut off."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever the unpickler makes of arbitrary bytes
-        raise InputError(f"{path}: damaged, or not a checkpoint of tensors and plain types alone ({type(error).__name__})")
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
-    return content
+        raise InputError(f"{path}: damaged, or not a dict of tensors and plain types alone ({type(error).__name__})")
 
 
 def load_weights(model, path, config):
@@ -326,12 +323,12 @@ def find_runs(folders):
 
 def status(folder):
     """A run's state and what there is to say of it: ("finished" | "running" | "failed" | "unfinished" | "waiting", str)."""
-    log, failure = folder / "log.jsonl", folder / "error.txt"
+    failure = folder / "error.txt"
     try:
         if (folder / "result.json").exists():
             _, result = read_run(folder)
             return "finished", "{epochs} epochs, val accuracy {val_accuracy:.2%}, {seconds:.0f} s".format(**result)
-        rows = read_log(folder) if log.exists() else []
+        rows = read_log(folder) if (folder / "log.jsonl").exists() else []
         progress = f"{rows[-1]['epoch'] if rows else 0} of {read_json(folder / 'config.json')['epochs']} epochs"
         if holder := lock_holder(folder):
             return "running", f"{progress}; {holder}"
