@@ -4,7 +4,7 @@ Every ratio is of two things that are run in turn in this process: medians over 
 tests/reference.py: ISTA with three products per token, attention with a materialised softmax and a loop over heads, logdet on
 the d x d side, unfused Adam, noise drawn and evaluated direction by direction.
 
-    python tests/bench_speed.py --out results/speed     also write the tables and the figure of growth to a folder
+    python tests/bench_speed.py --out results/speed     also write the tables to a folder
     python tests/bench_speed.py --width 96 --depth 2 --rounds 2     smaller, to try it
 """
 
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from crate import figures, measures  # noqa: E402
+from crate import measures  # noqa: E402
 from crate.cli import markdown_table, write_text  # noqa: E402
 from crate.data import batches, load_data  # noqa: E402
 from crate.kernels import self_attention, subspace_gradient  # noqa: E402
@@ -178,44 +178,20 @@ def ratios(width, depth, rounds):
     yield ["peak memory of the step with SRR on the last layer / without", f"{with_srr / without:.3f}", "<= 2", *memory]
 
 
-def exponent(x, y):
-    """The slope of log y over log x."""
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
-
-
-def growth(rounds):
-    """For each of N, d, L: (its name, its values, {what: a training step's time and peak memory per image at each value})."""
-    base, batch = dict(tokens=65, width=192, depth=4), 16
+def growth_table(rounds):
+    """A training step's time and peak memory per image, and the exponents with which they grow along each of N, d, L."""
+    base, batch, lines = dict(tokens=65, width=192, depth=4), 16, []
     axes = {"N": ("tokens", [17, 65, 197, 785]), "d": ("width", [96, 192, 384, 768]), "L": ("depth", [2, 4, 8, 16])}
     for axis, (key, values) in axes.items():
         cases = [base | {key: value} for value in values]
         seconds = interleaved([our_step(model_of(**case), random_batch(batch, case["tokens"])) for case in cases], rounds)
         memory = [peak_memory(batch=batch, **case) for case in cases]
         per_image = {"ms per image": np.array(seconds) * 1e3 / batch, "MiB per image": np.array(memory) / 2**20 / batch}
-        yield axis, values, per_image
-
-
-def growth_table(grown):
-    lines = []
-    for axis, values, per_image in grown:
         lines.append([axis, *values, "exponent"])
-        lines += [[what, *(f"{y:.2f}" for y in ys), f"{exponent(values, ys):.2f}"] for what, ys in per_image.items()]
+        for what, ys in per_image.items():
+            exponent, _ = np.polyfit(np.log(values), np.log(ys), 1)
+            lines.append([what, *(f"{y:.2f}" for y in ys), f"{exponent:.2f}"])
     return markdown_table(["training step (N = 65, d = 192, L = 4 but for)", "", "", "", "", ""], lines)
-
-
-def growth_figure(grown, path):
-    figure, axes = figures.grid(3, 3, width=2.8, height=2.6)
-    for axis, (name, values, per_image) in zip(axes, grown):
-        for (what, ys), colour in zip(per_image.items(), ("#0072B2", "#D55E00")):
-            axis.loglog(values, ys, "o-", color=colour, markersize=4, label=f"{what}, exponent {exponent(values, ys):.2f}")
-        axis.set_xticks(values, values)
-        low, high = axis.get_ylim()
-        ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low <= tick <= high]
-        axis.set_yticks(ticks, ticks)
-        axis.minorticks_off()
-        axis.set(xlabel={"N": "tokens N", "d": "width d", "L": "depth L"}[name])
-        axis.legend(frameon=False, fontsize=7)
-    figures.save(figure, path)
 
 
 def exact_step_times(rounds):
@@ -243,19 +219,16 @@ def main():
         f"{torch.__version__}; d = {arguments.width}, L = {arguments.depth}, K = {HEADS}, N = 65, batch 64, float32; "
         f"medians of {arguments.rounds} rounds."
     )
-    rows = list(ratios(arguments.width, arguments.depth, arguments.rounds))
-    grown, exact = list(growth(max(2, arguments.rounds // 2))), list(exact_step_times(arguments.rounds))
     text = "\n".join([
         where + "\n",
-        markdown_table(["row", "ratio", "goal", "first", "second"], rows),
-        growth_table(grown),
-        markdown_table(["N", "softmax attention, ms", "exact step, ms", "ratio"], exact),
+        markdown_table(["row", "ratio", "goal", "first", "second"], ratios(arguments.width, arguments.depth, arguments.rounds)),
+        growth_table(max(2, arguments.rounds // 2)),
+        markdown_table(["N", "softmax attention, ms", "exact step, ms", "ratio"], exact_step_times(arguments.rounds)),
     ])  # fmt: skip
     print(text, f"measured in {time.perf_counter() - began:.0f} s", sep="\n")
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_text(arguments.out / "speed.md", text)
-        growth_figure(grown, arguments.out / "growth.png")
 
 
 if __name__ == "__main__":

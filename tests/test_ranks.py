@@ -88,20 +88,6 @@ def test_the_columns_come_in_the_order_that_the_design_says():
     assert [*one(noisy())][: len(names) + 5] == [*names, *(f"psi_{axis}" for axis in AXES), "Psi"]
 
 
-def test_a_measure_equal_to_the_gap_and_its_negative():
-    table = [row | {"same": row["gap"], "negative": -row["gap"]} for row in noisy()]
-    for row, value in zip(correlate(table, AXES, "gap", ["same", "negative"], resamples=200), (1, -1)):
-        keys = [key for key in row if key.split("_")[0] in ("tau", "Psi", "psi")]
-        assert len(keys) > 15 and [row[key] for key in keys] == pytest.approx([value] * len(keys))
-
-
-def test_a_measure_that_is_one_of_the_hyperparameters():
-    table = [row | {"gap": row["gap"] + 100 * (row["lr"] == 3e-3)} for row in noisy()]
-    row = one(table, "lr")
-    assert row["psi_lr"] == 1 and row["Psi"] == 1 / 4 and row["tau_same_model_lr"] == row["psi_model"] == 0
-    assert row["tau"] == pytest.approx(16 * 16 / math.comb(32, 2))
-
-
 def test_numbers_that_are_equal_but_for_rounding():
     table, moved = noisy(), noisy()
     for row in moved[::2]:
@@ -111,12 +97,13 @@ def test_numbers_that_are_equal_but_for_rounding():
     assert one(nearly)["tau"] == 0
 
 
-def test_rates_drawn_at_random_are_the_same_within_a_factor():
+@pytest.mark.parametrize("seeds", (1, 2))  # that seeds share their rate doesn't make rates a grid's
+def test_rates_drawn_at_random_are_the_same_within_a_factor(seeds):
     rng = np.random.default_rng(0)
-    table = pd.DataFrame({"model": [*"ab"] * 40, "lr": np.exp(rng.uniform(-7, -5, 80)), "gap": rng.normal(size=80)})
-    table["a"] = table["gap"] + rng.normal(size=80)
-    rows = table.to_dict("records")
-    near = [agreement(a, b) for a, b in itertools.combinations(rows, 2)
+    table = pd.DataFrame({"model": [*"ab"] * 40, "lr": np.exp(rng.uniform(-7, -5, 80))})
+    table = pd.concat([table] * seeds, ignore_index=True).assign(gap=rng.normal(size=80 * seeds))
+    table["a"] = table["gap"] + rng.normal(size=80 * seeds)
+    near = [agreement(a, b) for a, b in itertools.combinations(table.to_dict("records"), 2)
             if a["model"] == b["model"] and max(a["lr"], b["lr"]) <= 1.25 * min(a["lr"], b["lr"])]  # fmt: skip
     row = one(table, axes=["model", "lr"])
     assert row["pairs_same_model_lr"] == len(near) and row["tau_same_model_lr"] == pytest.approx(np.mean(near))
@@ -198,14 +185,6 @@ def test_means_over_seeds_are_a_table_of_settings():
     assert row == pytest.approx(plain, abs=1e-12) and other["pairs"] == math.comb(int(other["models"]), 2)
 
 
-def test_random_rates_of_settings_with_several_seeds():
-    """That seeds share their rate doesn't make rates a grid's."""
-    rates = np.geomspace(1e-3, 3e-3, 12)
-    table = [{"model": "a", "lr": lr, "gap": lr, "a": lr} for lr in rates for _ in range(2)]
-    near = sum(b <= 1.25 * a for a, b in itertools.combinations(rates, 2))
-    assert one(table, axes=["model", "lr"])["pairs_same_model_lr"] == 4 * near + 12
-
-
 def test_srr_against_its_rivals():
     """srr ranks like the gap, `near` has two neighbours the wrong way round; parts of SRR and baselines are no rivals."""
     names = ["srr", "srr_rate", "baseline_x", "params", "near", "params_far"]
@@ -258,11 +237,6 @@ def test_constant_and_missing_measures():
     constant, none, srr, a = correlate(table, AXES, "gap", ["constant", "none", "srr", "a"], resamples=100)
     assert constant["tau"] == constant["tau_low"] == constant["Psi"] == 0 and constant["models"] == a["models"] == 31
     assert none["models"] == none["pairs"] == 0 and math.isnan(none["tau"]) and math.isnan(srr["lead"])
-
-
-def test_bad_tables_raise():
-    with pytest.raises(ValueError, match="^2 models with a finite gap; .* 3 or more"):
-        one(noisy()[:2])
 
 
 @pytest.mark.slow

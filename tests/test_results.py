@@ -111,11 +111,8 @@ def test_the_page_of_made_up_tables(script, tmp_path):
     for name, table in sets.items():
         means, where = name.endswith("means"), f"digits, {name}, d = 48".replace("means, d = 48", "means")
         rows = ranks.correlate(table, ["model", "lr", "batch_size"], "gap", ["srr"], means=means, **options)
-        for pairs, statistic in {
-            "all pairs": "tau",
-            "same type": "tau_same_model",
-            "same type and rate": "tau_same_model_lr",
-        }.items():
+        statistics = {"all pairs": "tau", "same type": "tau_same_model", "same type and rate": "tau_same_model_lr"}
+        for pairs, statistic in statistics.items():
             for of, row in zip(("SRR", "gap of another seed"), rows):
                 own = found.loc[f"tau, gap, {pairs}", of, where]
                 assert own["number"] == pytest.approx(row[statistic], abs=1e-4) and own["low"] < own["high"]
@@ -124,3 +121,7 @@ def test_the_page_of_made_up_tables(script, tmp_path):
     assert together["n"] == 47 + 48 + 47 and together["low"] < together["number"] < together["high"]
     assert found.loc["pushed, eta = 0.01: SRR, %", "CRATE", "digits, d = 48"]["number"] == pytest.approx(-30)
     assert_refused(script("crate.report", "--page", tmp_path / "none"), "--page", "digits or cifar10")
+    grid.drop(columns="srr").to_csv(tmp_path / "digits/measures.csv", index=False)
+    for name in ("study_measures", "rate_measures"):
+        small[:2].to_csv(tmp_path / f"digits/{name}.csv", index=False)
+    assert_refused(script("crate.report", "--page", tmp_path), "--page", "three models")
