@@ -240,11 +240,14 @@ def save_checkpoint(path, content):
 def load_checkpoint(path):
     """The dict in a checkpoint, on the CPU. Raises InputError where the file is no checkpoint, or cut off."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever the unpickler makes of arbitrary bytes
-        raise InputError(f"{path}: damaged, or not a dict of tensors and plain types alone ({type(error).__name__})")
+        raise InputError(f"{path}: damaged, or not a checkpoint of tensors and plain types alone ({type(error).__name__})")
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
+    return content
 
 
 def load_weights(model, path, config):
