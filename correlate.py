@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from crate import claims, figures, ranks
-from crate.claims import interval_of, with_interval
+from crate.claims import with_interval
 from crate.cli import InputError, Parser, markdown_table, number, path, run, write_bytes, write_text
 from crate.tables import numbers, read_cells, settings, shown
 
@@ -41,7 +41,6 @@ def parse_arguments():
     add("--measures", nargs="+", metavar="COLUMN", help="default: the columns of numbers to the right of the gap, but gap*")
     add("--by", metavar="COLUMN", help="also each value alone; one more hyperparameter of all rows (default: none)")
     add("--resamples", type=number(int, 1), default=10_000, help="default: %(default)s")
-    add("--seed", type=number(int, 0), default=0, help="of the resamples (default: %(default)s)")
     add("--out", type=path, required=True, metavar="FOLDER")
     return parser.parse_args()
 
@@ -93,7 +92,7 @@ def leave_out(cells, table, measures, arguments):
 
 def text(row, column):
     """A number and its interval, if it has one, as text."""
-    return with_interval(*(interval_of(row, column) if f"{column}_low" in row else (row[column], np.nan, np.nan)), "+.2f")
+    return with_interval(row[column], row.get(f"{column}_low", np.nan), row.get(f"{column}_high", np.nan), "+.2f")
 
 
 def analyse(folder, where, table, axes, measures, arguments):
@@ -105,9 +104,8 @@ def analyse(folder, where, table, axes, measures, arguments):
     measures = [*measures, *(name for name in ("baseline_type", "baseline_lr") if name in table and name not in measures)]
     found, means = [], arguments.mean_over_seeds
     for gap in arguments.gap:
-        options = dict(means=means, resamples=arguments.resamples, rng=arguments.seed)
         try:
-            rows = ranks.correlate(table, axes, gap, measures, arguments.same, **options)
+            rows = ranks.correlate(table, axes, gap, measures, arguments.same, means=means, resamples=arguments.resamples)
         except ValueError as error:
             raise InputError(f"--gap {gap}: {error}")
         found.append(pd.DataFrame(rows).sort_values("tau", ascending=False, kind="stable"))
@@ -153,15 +151,14 @@ def plot(folder, table, rows, arguments):
     taus = {name: tau for name, tau in zip(rows["measure"], rows["tau"]) if name in table}
     panels = {name: (f"τ = {tau:.2f}", table[name], table[gap]) for name, tau in taus.items()}
     figures.scatter(panels, kinds, folder / "scatter.png", label=gap, legend=kind)
-    if "srr" in panels:
-        if by and table[by].nunique() > 1:  # SRR grows with the width: each has a panel
-            parts = [(level, own[["srr", gap]]) for level, own in table.groupby(by)]
-            panels = {f"SRR, {by} {shown(level)}": ("", own["srr"], own[gap]) for level, own in parts}
-        else:
-            panels = {"SRR": panels["srr"]}
-        if kind and len(panels) == 1:
+    if "srr" in panels and by and table[by].nunique() > 1:  # SRR grows with the width: each has a panel
+        panels = {f"SRR, {by} {shown(level)}": ("", own["srr"], own[gap]) for level, own in table.groupby(by)}
+    elif "srr" in panels:
+        panels = {"SRR": panels["srr"]}
+        if kind:
             inside = table[["srr", gap]] - table.groupby(kind)[["srr", gap]].transform("mean")
             panels[f"SRR, and {gap}, minus their mean in each {kind}"] = "", inside["srr"], inside[gap]
+    if "srr" in taus:
         figures.scatter(panels, kinds, folder / "srr.png", label=gap, legend=kind, columns=2, width=4.2, sharey=False)
     series = {"all pairs": "tau"} | {f"same {', '.join(names)}": "tau_same_" + "_".join(names) for names in arguments.same}
     taus = {name: rows[["measure", tau, f"{tau}_low", f"{tau}_high"]].to_numpy() for name, tau in series.items()}

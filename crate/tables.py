@@ -48,9 +48,7 @@ def settings(cells):
     Numbers among text become equal text. An empty cell is refused.
     """
     if (cells == "").any():
-        raise InputError(
-            f"column {cells.name}: line {cells.index[cells == ''][0]}: an empty cell; a hyperparameter has a value"
-        )
+        raise InputError(f"column {cells.name}: line {cells.index[cells == ''][0]}: an empty cell in a hyperparameter")
     values = pd.to_numeric(cells, errors="coerce").astype(float)
     values = values.groupby(ranks.levels(values)).transform("first")  # NaN where a cell is no finite number
     return values if values.notna().all() else cells.where(values.isna(), values.map(shown))

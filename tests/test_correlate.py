@@ -83,14 +83,14 @@ def test_every_file_for_each_width_and_for_all(call, tmp_path):
 
 def test_the_numbers_are_those_of_the_package(call, tmp_path):
     table, same = models(), [("width",), ("model", "dropout")]
-    flags = ("--gap", "gap_accuracy", "--measures", "l2", "srr", "--same", "width", "model,dropout", "--seed", 3)
+    flags = ("--gap", "gap_accuracy", "--measures", "l2", "srr", "--same", "width", "model,dropout")
     assert call(table, *ALL, *flags, drawn=True)[0] == 0
     for name in FILES[2:]:
         path = tmp_path / "out" / name
         assert Image.open(path).size[0] > 300 and path.stat().st_size <= 200_000
     table = table.assign(baseline_type=table.groupby("model")["srr"].transform("mean"), baseline_lr=table["lr"]).infer_objects()
     measures = ["l2", "srr", "baseline_type", "baseline_lr"]
-    expected = pd.DataFrame(ranks.correlate(table, AXES, "gap_accuracy", measures, same, resamples=100, rng=3))
+    expected = pd.DataFrame(ranks.correlate(table, AXES, "gap_accuracy", measures, same, resamples=100))
     found = result(tmp_path / "out", "gap_accuracy").loc[measures]
     pd.testing.assert_frame_equal(found, expected.set_index("measure"), check_like=True, rtol=1e-12)
 
@@ -178,46 +178,41 @@ def test_a_table_from_a_pipe(script, tmp_path):
     assert set(result(tmp_path / "out")["models"]) == {32}
 
 
+MODEL = ("--hyperparameters", "model")
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("cells, flags, words", [
-    ({}, ("--gap", "loss"), ("--gap loss", "no such column", "gap_accuracy", "path_norm")),
-    ({}, ("--by", "depth"), ("--by depth", "no such column")),
-    ({}, ("--same", "model,depth"), ("--same depth", "no such column")),
-    ({}, ("--hyperparameters", "lr", "gap"), ("--gap gap", "--hyperparameters")),
+    ({}, (*ALL, "--gap", "loss"), ("--gap loss", "no such column", "gap_accuracy", "path_norm")),
+    ({}, (*ALL, "--by", "depth"), ("--by depth", "no such column")),
+    ({}, (*ALL, "--same", "model,depth"), ("--same depth", "no such column")),
+    ({}, (*MODEL, "gap"), ("--gap gap", "--hyperparameters")),
     ({}, ("--hyperparameters", "lr", "--by", "lr"), ("--hyperparameters", "lr 0.001", "occurs twice")),
-    ({}, ("--gap", "path_norm"), ("--measures", "--gap path_norm")),
-    ({}, ("--measures", "flag"), ("--measures flag: line 2: 'ok' is not a number",)),
-    *(({(5, "l2"): cell}, (), ("column l2: line 7", cell, "not a number")) for cell in ("31 %", "about 30", "1_000", "−3")),
-    ({(6, "gap"): "0,5"}, (), ("--gap gap: line 8: '0,5' is not a number",)),
-    ({}, ("--hyperparameters", "model", "width"), ("--hyperparameters: model crate-c, width 24 occurs twice",)),
-    ({}, ("--resamples", "0"), ("--resamples", ">= 1")),
-    ({(None, "gap"): ""}, (), ("--gap gap: 0 models", "3 or more")),
-    ({(None, "reached_target"): False}, (), ("--gap gap: 0 models", "3 or more")),
-    ({(None, "l2"): "nan"}, ("--measures", "l2"), ("--measures: none is finite",)),
-    ({(4, "lr"): ""}, (), ("column lr: line 6", "empty cell")),
-    ({(4, "model"): "a/b"}, ("--by", "model"), ("--by model", "a/b", "name of a folder")),
+    ({}, (*MODEL, "width"), ("--hyperparameters: model crate-c, width 24 occurs twice",)),
+    ({}, (*ALL, "--gap", "path_norm"), ("--measures", "--gap path_norm")),
+    ({}, (*ALL, "--measures", "flag"), ("--measures flag: line 2: 'ok' is not a number",)),
+    ({}, (*ALL, "--resamples", "0"), ("--resamples", ">= 1")),
+    *(({(5, "l2"): cell}, ALL, ("column l2: line 7", cell, "not a number")) for cell in ("31 %", "about 30", "1_000", "−3")),
+    ({(6, "gap"): "0,5"}, ALL, ("--gap gap: line 8: '0,5' is not a number",)),
+    ({(None, "gap"): ""}, ALL, ("--gap gap: 0 models", "3 or more")),
+    ({(None, "reached_target"): False}, ALL, ("--gap gap: 0 models", "3 or more")),
+    ({(None, "l2"): "nan"}, (*ALL, "--measures", "l2"), ("--measures: none is finite",)),
+    ({(4, "lr"): ""}, ALL, ("column lr: line 6", "empty cell")),
+    ({(4, "model"): "a/b"}, (*ALL, "--by", "model"), ("--by model", "a/b", "name of a folder")),
+    ("", MODEL, ("not a CSV table",)),
+    ("\n,,\n", MODEL, ("not a CSV table",)),
+    ("model,gap,l2\na,1,2\nb,1,2,3\n", MODEL, ("line 3 has 4 cells, the header 3",)),
+    ("model,gap,l2\na,1,2\nb,1\n", MODEL, ("line 3 has 2 cells, the header 3",)),
+    ("model,gap,l2,l2\na,1,2,3\n", MODEL, ("two columns are called l2",)),
+    ("model,gap,l2\na,1,2\nb,2,3\n", MODEL, ("--gap gap: 2 models", "3 or more")),
+    ("model,l2\na,1\nb,2\n", MODEL, ("--gap gap: no such column", "model, l2")),
+    ("model;gap;l2\na;0,5;2\n", MODEL, ("line 2 has 2 cells, the header 1",)),
+    ('model,gap,l2\na,1,"2\n', MODEL, ("not a CSV table",)),
+    (b"\xff\xfe\x00", MODEL, ("not a CSV table in UTF-8",)),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(call, tmp_path, cells, flags, words):
-    assert_refused(call(changed(cells), *ALL, *flags), *words)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("text, words", [
-    ("", ("not a CSV table",)),
-    ("\n,,\n", ("not a CSV table",)),
-    ("model,gap,l2\na,1,2\nb,1,2,3\n", ("line 3 has 4 cells, the header 3",)),
-    ("model,gap,l2\na,0,1,2,5\nb,0,2,3,1\n", ("line 2 has 5 cells, the header 3",)),
-    ("model,gap,l2\na,1,2\nb,1\n", ("line 3 has 2 cells, the header 3",)),
-    ("model,gap,l2,l2\na,1,2,3\n", ("two columns are called l2",)),
-    ("model,gap,l2\na,1,2\nb,2,3\n", ("--gap gap: 2 models", "3 or more")),
-    ("model,l2\na,1\nb,2\n", ("--gap gap: no such column", "model, l2")),
-    ("model;gap;l2\na;0,5;2\n", ("line 2 has 2 cells, the header 1",)),
-    ('model,gap,l2\na,1,"2\n', ("not a CSV table",)),
-    (b"\xff\xfe\x00", ("not a CSV table in UTF-8",)),
-])  # fmt: skip
-def test_bad_tables_are_refused_in_one_line(call, tmp_path, text, words):
-    assert_refused(call(text, "--hyperparameters", "model"), *words)
+    table = changed(cells) if isinstance(cells, dict) else cells
+    assert_refused(call(table, *flags), *words)
     assert not (tmp_path / "out").exists()
 
 
