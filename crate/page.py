@@ -163,13 +163,12 @@ def eta_rows(runs, data, observed):
 
 
 def write_page(results):
-    """page.csv and figures/ in `results`. Raises InputError where no data set has measures.csv."""
+    """page.csv and figures/ in `results`. Raises InputError where no data set has measures.csv of three models or more."""
     sets, rows = sets_of_models(results)
-    if not sets:
-        raise InputError(f"--page {results}: no measures.csv in {' or '.join(DATA)} there")
     taus = tau_rows(sets)
     if not taus:
-        raise InputError(f"--page {results}: in no table are three models that reached the target and have srr")
+        where = f"no measures.csv in {' or '.join(DATA)}"
+        raise InputError(f"--page {results}: {where} there, or too few models in it that reached the target and have srr")
     draw_taus(taus, results / "figures/srr_ranks.png")
     rows += taus
     pushed = {}

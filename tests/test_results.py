@@ -124,4 +124,4 @@ def test_the_page_of_made_up_tables(script, tmp_path):
     grid.drop(columns="srr").to_csv(tmp_path / "digits/measures.csv", index=False)
     for name in ("study_measures", "rate_measures"):
         small[:2].to_csv(tmp_path / f"digits/{name}.csv", index=False)
-    assert_refused(script("crate.report", "--page", tmp_path), "--page", "three models")
+    assert_refused(script("crate.report", "--page", tmp_path), "--page", "too few models")
