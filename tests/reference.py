@@ -251,11 +251,6 @@ def copies(module):
     return weights | {name: tensor.clone() for name, tensor in module.named_buffers()}
 
 
-def orthonormal(d):
-    """A random orthonormal U (d, d), float64."""
-    return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0]
-
-
 def assert_close(actual, expected, tolerance):
     """Same shape, and nowhere further apart than `tolerance` times the largest expected value (or 1e-3, if that is larger)."""
     actual, expected = (torch.as_tensor(values, dtype=torch.float64, device="cpu").detach() for values in (actual, expected))
