@@ -95,8 +95,8 @@ def parse_arguments():
     amp = ("auto", "off", "bf16", "fp16")
     add(command, "--amp", "auto: bf16 on CUDA, off on CPU (default: auto)", choices=amp)
     add(command, "--no-graph", "on CUDA, launch each kernel of a step, not one CUDA graph", action="store_false", dest="graph")
-    saving = "save after an epoch if the last time is so long ago (default: 20)"
-    add(command, "--save-every", saving, type=not_negative, metavar="SECONDS", default=20.0)
+    saving = "save after an epoch if the last time is so long ago (default: 60 on CUDA, 10 on a CPU)"
+    add(command, "--save-every", saving, type=not_negative, metavar="SECONDS")
     add(command, "--status", "print the state of every run in FOLDER, and train nothing", type=path, metavar="FOLDER")
     return parser.parse_args()
 
@@ -161,6 +161,8 @@ def main():
         preset = "paper" if device.type == "cuda" else "laptop"
     if amp == "auto":
         amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+    if arguments["save_every"] is None:
+        arguments["save_every"] = 60.0 if device.type == "cuda" else 10.0
     flags = {key: value for key, value in arguments.items() if key in runs.DEFAULTS and value is not None}
     others = {key: arguments[key] for key in ("data_dir", "draw", "graph", "save_every")}
     configs = runs.resolve(flags, preset=preset, device=device, amp=amp, processes=world, **others)

@@ -229,7 +229,7 @@ def pushed(changes, path):
             axis.errorbar(srr[eta], mean, [[mean - low], [high - mean]], **diamond)
         for line in axis.axhline, axis.axvline:
             line(0, color=GREY, linewidth=0.8)
-        dashed = dict(color=GREY, linestyle="--", linewidth=1, label="models of one type that nobody pushed")
+        dashed = dict(color=GREY, linestyle="--", linewidth=1, label="slope among models of one type that nobody pushed")
         axis.axline((0, 0), slope=slope, **dashed)
         axis.set_title(f"{title}: {rows['seed'].nunique()} seeds", fontsize=10)
         axis.set_xlabel("change of SRR through the loss (%)")

@@ -16,15 +16,19 @@ from crate.cli import InputError, write_text
 DATA = {"digits": "digits", "cifar10": "CIFAR-10"}  # folder: name
 FILES = {"measures": "grid", "study_measures": "random", "rate_measures": "one rate"}
 GAPS = {"gap": "gap", "gap_accuracy": "gap in accuracy"}
-PANELS = [("gap", "all pairs"), ("gap", "same type"), ("gap", "same type and rate"), ("gap in accuracy", "same type")]
+PANELS = [("gap", "all pairs"), ("gap", "same type"), ("gap", "same type and learning rate"), ("gap in accuracy", "same type")]
 MEASURES = {
     "srr": "SRR", "srr_lambda_0": "R^c - R", "path_norm": "path-norm", "pacbayes_init": "PAC-Bayes, distance",
     "pacbayes_flatness": "PAC-Bayes flatness", "baseline_lr": "learning rate", "baseline_steps": "steps",
     "baseline_type": "mean of type",
 }  # fmt: skip
-LEAD, OTHER_SEED = "lead over mean of type", "gap of another seed"
+LEADS, OTHER_SEED = (
+    {"lead over mean of type": "mean of type", "lead over learning rate": "learning rate"},
+    "gap of another seed",
+)
+BOTH = "both widths"  # the sets of one width again, in one
 AXES = ["model", "width", "batch_size", "lr", "dropout", "weight_decay"]
-PAIRS = {"all pairs": (), "same type": ("model",), "same type and rate": ("model", "lr"), "same setting": tuple(AXES)}
+PAIRS = {"all pairs": (), "same type": ("model",), "same type and learning rate": ("model", "lr"), "same setting": tuple(AXES)}
 RUN = ["experiment", "run"]
 
 
@@ -69,16 +73,17 @@ def attention_rows(operators, data):
 
 
 def sets_of_models(results):
-    """({name: models that reached the target}, rows) of each table and width, which share no model.
+    """({name: models that reached the target}, rows) of each table and width, which share no model, and of all widths together.
 
     Those at one learning rate are there twice, as models and, ", means", to be ranked by the means of settings over seeds.
     """
     sets, rows = {}, []
     for (folder, data), (file, what) in product(DATA.items(), FILES.items()):
         table = results / folder / f"{file}.csv"
-        for width, every in pd.read_csv(table).groupby("width") if table.exists() else ():
+        parts = {f"d = {width}": own for width, own in pd.read_csv(table).groupby("width")} if table.exists() else {}
+        for size, every in (parts | ({BOTH: pd.concat(parts.values())} if len(parts) > 1 else {})).items():
             every = every.assign(baseline_lr=every["lr"]).reindex(columns=[*AXES, *GAPS, *MEASURES, "reached_target"])
-            name, models = f"{data}, {what}, d = {width}", every[every["reached_target"].eq(True)]
+            name, models = f"{data}, {what}, {size}", every[every["reached_target"].eq(True)]
             models = models.assign(baseline_type=models.groupby("model")["srr"].transform("mean"))
             sets |= {name: models, f"{name}, means": models} if what == "one rate" else {name: models}
             (tau,) = ranks.finite_mean(ranks.agreement(every, "gap", ["srr"], *np.triu_indices(len(every), 1)).T)
@@ -87,7 +92,7 @@ def sets_of_models(results):
             if what != "random":
                 deviation = np.sqrt(models.groupby(["model", "lr"])["gap"].var().mean())
                 rows.append(row(2, "standard deviation of the gap", "one type and rate", name, len(models), deviation))
-    return sets, rows
+    return dict(sorted(sets.items(), key=lambda item: BOTH in item[0])), rows
 
 
 def tau_rows(sets):
@@ -105,15 +110,15 @@ def tau_rows(sets):
             taus = dict(zip([*MEASURES.values(), OTHER_SEED], zip(samples[statistic], counts["models"], counts[statistic])))
             srr, *of_srr = taus["SRR"]
             if np.isfinite(srr[0]):
-                taus[LEAD] = srr - taus["mean of type"][0], *of_srr
+                taus |= {lead: (srr - taus[rival][0], *of_srr) for lead, rival in LEADS.items()}
                 spread = ranks.spread(models, "srr", *ranks.matched(models, columns, setting))
                 found |= {(where, gap, pairs, of): (tau, spread, *n) for of, (tau, *n) in taus.items()}
-    apart = [name for name in sets if "one rate" not in name]  # sets that share models are not put together
+    apart = [name for name in sets if "one rate" not in name and BOTH not in name]  # that share no models
     groups = {name: [name] for name in apart}
     groups |= {f"{data} together".strip(): [name for name in apart if name.startswith(data)] for data in ("", *DATA.values())}
     groups |= {name: [name] for name in sets}
     rows = []
-    for gap, pairs, of, (where, names) in product(GAPS, PAIRS, [*MEASURES.values(), OTHER_SEED, LEAD], groups.items()):
+    for gap, pairs, of, (where, names) in product(GAPS, PAIRS, [*MEASURES.values(), OTHER_SEED, *LEADS], groups.items()):
         known = [found[name, gap, pairs, of] for name in names if (name, gap, pairs, of) in found]
         if known:
             taus, spreads, n, count = zip(*known)
@@ -127,7 +132,11 @@ def tau_rows(sets):
 def draw_taus(rows, path):
     """SRR and the gap in each set of models and together; where settings have several seeds, the gap of another seed, too."""
     taus = {(own["quantity"], own["of"], own["where"]): own for own in rows}
-    names = {where: own["n"] for (quantity, of, where), own in taus.items() if (quantity, of) == ("tau, gap, all pairs", "SRR")}
+    names = {
+        where: own["n"]
+        for (quantity, of, where), own in taus.items()
+        if (quantity, of) == ("tau, gap, all pairs", "SRR") and BOTH not in where
+    }
     lines = {where: f"{where} ({n})" for where, n in names.items() if where == "together" or "together" not in where}
     panels = {}
     for gap, pairs in PANELS:

@@ -111,7 +111,7 @@ def test_the_page_of_made_up_tables(script, tmp_path):
     for name, table in sets.items():
         means, where = name.endswith("means"), f"digits, {name}, d = 48".replace("means, d = 48", "means")
         rows = ranks.correlate(table, ["model", "lr", "batch_size"], "gap", ["srr"], means=means, **options)
-        statistics = {"all pairs": "tau", "same type": "tau_same_model", "same type and rate": "tau_same_model_lr"}
+        statistics = {"all pairs": "tau", "same type": "tau_same_model", "same type and learning rate": "tau_same_model_lr"}
         for pairs, statistic in statistics.items():
             for of, row in zip(("SRR", "gap of another seed"), rows):
                 own = found.loc[f"tau, gap, {pairs}", of, where]
