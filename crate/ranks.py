@@ -1,8 +1,8 @@
 """Does a measure rank models as their generalisation gap does? Agreement over matched pairs (Section 5: Eqs. 12, 13). No torch.
 
 For a set of pairs of models, tau is the mean of sign(mu_a - mu_b) sign(g_a - g_b), mu being a measure and g the gap. All pairs
-give Kendall's tau, pairs that differ in one hyperparameter alone psi, pairs that share the model type tau of one type. What the
-models of every pair share can't explain the agreement that is left.
+give Kendall's tau, pairs that differ in one hyperparameter alone psi (Jiang et al. 2019), pairs that share the model type tau of
+one type. What the models of every pair share can't explain the agreement that is left.
 
 A bootstrap draws settings with all their seeds: a pair counts the product of its settings' draws, and copies of one setting
 make no pair. Draws are (n, 1 + R), ones in the first column: column 0 of what comes out is the statistic, the R others are its
@@ -108,7 +108,7 @@ def other_seed(gap, setting):
 @np.errstate(invalid="ignore")
 def tau(agreed, i, j, draws, setting, group=None):
     """The mean of agreed (m, P) over pairs, in each group (P,), then over groups: (m, 1 + R), NaN where there is no pair."""
-    low, high = np.sort([setting[i], setting[j]], axis=0)  # the pairs of two settings count alike: first their sums
+    low, high = np.sort([setting[i], setting[j]], axis=0)  # all pairs of the same two settings are drawn alike: sum them first
     _, first, place = np.unique(low * len(setting) + high, return_index=True, return_inverse=True)
     known, agreed = (np.array([np.bincount(place, values) for values in rows], np.float32)
                      for rows in (np.isfinite(agreed), np.nan_to_num(agreed)))  # fmt: skip
@@ -126,6 +126,7 @@ def tau(agreed, i, j, draws, setting, group=None):
 def spread(table, measure, i, j):
     """The standard deviation of tau over these pairs if the gaps were in random order, also inside what the pairs share.
 
+    It is too small where the gaps of a setting's seeds are alike: no weight for such sets.
     Two pairs with one model in common agree in sign with probability 2/3, two others with 1/2. So the variance of the sum is
     (pairs + sum_i r_i^2) / 3, r_i the sum of the signs of model i against its partners; n (n - 1) (2 n + 5) / 18 for all pairs.
     """
@@ -193,7 +194,7 @@ def statistics(table, hyperparameters, gap, measures, same=SAME, *, means=False,
         group = settings_of(table, [name for name in axes if name != axis])
         alone = (group[i] == group[j]) & (setting[i] != setting[j])
         add(f"psi_{axis}", i[alone], j[alone], everyone, group[i[alone]])
-    samples["Psi"] = finite_mean(np.array([samples[f"psi_{axis}"] for axis in axes]))  # Eq. 13
+    samples["Psi"] = finite_mean(np.array([samples[f"psi_{axis}"] for axis in axes]))
     return samples, counts
 
 
