@@ -20,13 +20,11 @@ python=${PYTHON:-python3}
 "$python" -c '' 2>/dev/null || fail "PYTHON=$python: can't be run; name a Python 3.10 or later"
 modules=$(sed 's/[^a-z].*//' requirements.txt)
 has() { "$1" -c 'import importlib.util, sys; sys.exit(any(importlib.util.find_spec(m) is None for m in sys.argv[1:]))' $modules 2>/dev/null; }
+has "$python" || python=.venv/bin/python
 if ! has "$python"; then
-  if ! has .venv/bin/python; then
-    echo "== installing requirements.txt into .venv: 2 to 10 minutes, torch is large"
-    "$python" -m venv .venv
-    .venv/bin/python -m pip install --disable-pip-version-check -q -r requirements.txt
-  fi
-  python=.venv/bin/python
+  echo "== installing requirements.txt into .venv: 2 to 10 minutes, torch is large"
+  "${PYTHON:-python3}" -m venv .venv
+  .venv/bin/python -m pip install --disable-pip-version-check -q -r requirements.txt
 fi
 gpu=$("$python" -c 'from crate.runs import resolve_device; print(resolve_device("auto").type)')
 if [ "$PRESET" = laptop ] || [ "$gpu" = cpu ]; then device=cpu workers='cli.cores()'; else device=cuda workers='torch.cuda.device_count()'; fi
@@ -75,13 +73,11 @@ esac
 until_low="--augment none --schedule constant --stop-at-loss 0.01 --validate-every 1000 --log-srr-every 0"
 
 for stage in $stages; do
-  echo "== $stage ($PRESET, $JOBS processes)"
-  began=$SECONDS
+  echo "== $stage ($PRESET, $JOBS processes)"; began=$SECONDS
   case $stage in
-    setup) "$python" -c 'import sys, torch; print("python", sys.version.split()[0], "torch", torch.__version__)' ;;
+    setup) "$python" -c 'import torch; print("torch", torch.__version__)' ;;
     attention) go attention_only.py --out "$results/attention_only" ;; # Figs. 1, 5
-    layers) # Fig. 2's first curve, at the paper's width and depth: models at initialisation; a few images validate
-      train layers --model $models crate-e --depth 12 --epochs 0 --log-srr-every 1 $layers --hold-out 0.02 ;;
+    layers) train layers --model $models crate-e --depth 12 --epochs 0 --log-srr-every 1 $layers --hold-out 0.02 ;; # Fig. 2's start
     train)
       train table2 --model $models --srr-reg 0 1e-3 $size --seed 0 1 2                 # Table 2, Fig. 2
       train table3 --model $others $size --seed 0 1 2                                  # Table 3
@@ -102,23 +98,18 @@ for stage in $stages; do
       correlate rate_measures rate_correlation/means $settings --same model --mean-over-seeds
       train intervention --model $models $until_low --log-srr-every 1000 --epochs 200 --srr-reg $etas --srr-layer last all \
         --seed $(seq -s " " 0 9)
-      if [ -n "$size" ]; then # at the preset's own size
-        train table2-small --model $models --srr-reg 0 1e-3 1e-2 --seed $(seq -s " " 0 9)
-        train table2-small --model $others --seed $(seq -s " " 0 9)
-      else # with the paper's search over eta
-        train table2 --model $models --srr-reg 0 1e-3 1e-2 1e-1 1 --seed $(seq -s " " 0 19)
-      fi ;;
+      [ -n "$size" ] || train table2 --model $models --srr-reg 0 1e-3 1e-2 1e-1 1 --seed $(seq -s " " 0 19) # searches eta
+      [ -z "$size" ] || train table2-small --model $models --srr-reg 0 1e-3 1e-2 --seed $(seq -s " " 0 9) # at the preset's own size
+      [ -z "$size" ] || train table2-small --model $others --seed $(seq -s " " 0 9) ;;
     test) "$python" -m pytest -q ;;
   esac
   echo "== $stage took $((SECONDS - began)) s"
 done
 echo "== all took $SECONDS s"
 [ $python != .venv/bin/python ] || echo "To use what was installed in your own commands:   source .venv/bin/activate"
-[ "$PRESET $gpu" != "laptop cuda" ] || cat <<'END'
-There is a GPU. For the paper's sizes, in this order (estimates for an H100; an RTX 4090 takes twice as long):
+[ "$PRESET $gpu" != "laptop cuda" ] || echo "There is a GPU. For the paper's sizes, in this order (estimates, H100):
   python tests/gpu_check.py                    8 minutes; ends in a verdict and the hours on this card
   python -m pytest -m cuda                     1 minute
   PRESET=paper bash run_all.sh layers report   minutes
-  PRESET=paper bash run_all.sh                 21 hours
-END
+  PRESET=paper bash run_all.sh                 21 hours"
 [ $failed = 0 ] || fail "$failed commands failed, see above; the same command again repeats what failed"

@@ -93,7 +93,7 @@ def parse_arguments():
     add(command, "--jobs", "processes that share the work (default: 1)", type=positive, default=1)
     add(command, "--device", "cpu, cuda, cuda:1 ... (default: cuda where present)", default="auto")
     amp = ("auto", "off", "bf16", "fp16")
-    add(command, "--amp", "auto: bf16 on CUDA, off on CPU (default: auto)", choices=amp)
+    add(command, "--amp", "auto: bf16 on CUDA, off on CPU", choices=amp)
     add(command, "--no-graph", "on CUDA, launch each kernel of a step, not one CUDA graph", action="store_false", dest="graph")
     saving = "save after an epoch if the last time is so long ago (default: 60 on CUDA, 10 on a CPU)"
     add(command, "--save-every", saving, type=not_negative, metavar="SECONDS")

@@ -199,7 +199,8 @@ def single_section(results, runs):
     text, layers = [], read_rows(results, "layers", runs).query("images == 'train'")
     for name, own in runs[runs["part"] == "single"].groupby("experiment"):
         table = own.set_index("run")[["epochs", "val_accuracy", "gap", "gap_accuracy", "srr"]].map("{:.4g}".format)
-        text += section(f"Runs of `{name}`", markdown(table.replace("nan", "-")))
+        table = table.rename(columns={"srr": "SRR, mean over layers"}).replace("nan", "-")
+        text += section(f"Runs of `{name}`", markdown(table))
         shown = layers[layers["experiment"] == name]
         names = shown["run"].unique()
         if len(names):
