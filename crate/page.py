@@ -14,7 +14,8 @@ from crate.claims import MAIN, mean_interval
 from crate.cli import InputError, write_text
 
 DATA = {"digits": "digits", "cifar10": "CIFAR-10"}  # folder: name
-FILES = {"measures": "grid", "study_measures": "random", "rate_measures": "one rate"}
+ONE_RATE = "one rate"  # settings at one learning rate, with several seeds each
+FILES = {"measures": "grid", "study_measures": "random", "rate_measures": ONE_RATE}
 GAPS = {"gap": "gap", "gap_accuracy": "gap in accuracy"}
 PANELS = [("gap", "all pairs"), ("gap", "same type"), ("gap", "same type and learning rate"), ("gap in accuracy", "same type")]
 MEASURES = {
@@ -85,14 +86,14 @@ def sets_of_models(results):
             every = every.assign(baseline_lr=every["lr"]).reindex(columns=[*AXES, *GAPS, *MEASURES, "reached_target"])
             name, models = f"{data}, {what}, {size}", every[every["reached_target"].eq(True)]
             models = models.assign(baseline_type=models.groupby("model")["srr"].transform("mean"))
-            sets |= {name: models, f"{name}, means": models} if what == "one rate" else {name: models}
+            sets |= {name: models, f"{name}, means": models} if what == ONE_RATE else {name: models}
             (tau,) = ranks.finite_mean(ranks.agreement(every, "gap", ["srr"], *np.triu_indices(len(every), 1)).T)
             rows.append(row(2, "models that reached the target", "", name, len(every), len(models)))
             rows.append(row(2, "tau, gap, all pairs, with those that missed", "SRR", name, len(every), tau))
             if what != "random":
                 deviation = np.sqrt(models.groupby(["model", "lr"])["gap"].var().mean())
                 rows.append(row(2, "standard deviation of the gap", "one type and rate", name, len(models), deviation))
-    return dict(sorted(sets.items(), key=lambda item: BOTH in item[0])), rows
+    return {name: sets[name] for name in sorted(sets, key=lambda name: (ONE_RATE in name, BOTH in name))}, rows
 
 
 def tau_rows(sets):
@@ -113,7 +114,7 @@ def tau_rows(sets):
                 taus |= {lead: (srr - taus[rival][0], *of_srr) for lead, rival in LEADS.items()}
                 spread = ranks.spread(models, "srr", *ranks.matched(models, columns, setting))
                 found |= {(where, gap, pairs, of): (tau, spread, *n) for of, (tau, *n) in taus.items()}
-    apart = [name for name in sets if "one rate" not in name and BOTH not in name]  # that share no models
+    apart = [name for name in sets if ONE_RATE not in name and BOTH not in name]  # that share no models
     groups = {name: [name] for name in apart}
     groups |= {f"{data} together".strip(): [name for name in apart if name.startswith(data)] for data in ("", *DATA.values())}
     groups |= {name: [name] for name in sets}

@@ -1,8 +1,8 @@
 """Does a measure rank models as their generalisation gap does? Agreement over matched pairs (Section 5: Eqs. 12, 13). No torch.
 
 For a set of pairs of models, tau is the mean of sign(mu_a - mu_b) sign(g_a - g_b), mu being a measure and g the gap. All pairs
-give Kendall's tau, pairs that differ in one hyperparameter alone psi (Jiang et al. 2019), pairs that share the model type tau of
-one type. What the models of every pair share can't explain the agreement that is left.
+give Kendall's tau, pairs that differ in one hyperparameter alone psi (Jiang et al. 2019), pairs that share the model type tau
+of one type. What the models of every pair share can't explain the agreement that is left.
 
 A bootstrap draws settings with all their seeds: a pair counts the product of its settings' draws, and copies of one setting
 make no pair. Draws are (n, 1 + R), ones in the first column: column 0 of what comes out is the statistic, the R others are its
