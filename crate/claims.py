@@ -107,18 +107,23 @@ def attention_claims(rates):
 
 
 def initial_claims(layers):
-    """Section 4.3 at initialisation, from rows {of, width, model, seed, layer, srr}: the main types' mean, smallest width."""
+    """Section 4.3 at initialisation, from rows {of, width, model, seed, layer, srr, rate_subspaces, rate}: mean of the main
+    types of the smallest width.
+    """
     layers = layers[layers["model"].isin(MAIN)]
     layers = layers[layers["width"] == layers["width"].min()]
-    curves = layers.groupby(["of", "seed", "layer"])["srr"].mean().unstack()  # (seeds, layers)
+    layers = layers.assign(rates=layers["rate_subspaces"] - layers["rate"])
+    curves, rates = (layers.pivot_table(of, ["of", "seed"], "layer") for of in ("srr", "rates"))  # (seeds, layers)
     if curves.empty:
         return []
     depth = max(curves)
-    first, turn, last = curves[1], curves[max(1, 3 * depth // 4)], curves[depth]
+    turn = max(1, 3 * depth // 4)
     text = "At initialisation SRR falls over the first three quarters of the layers (9 of 12)"
-    rows = over_seeds("4.3", text, -1, (turn - first).unstack("of"))
+    rows = over_seeds("4.3", text, -1, (curves[turn] - curves[1]).unstack("of"))
+    text = f"{BEYOND}R^c - R, SRR without its sparsity, falls over the same layers at initialisation"
+    rows += over_seeds("4.3", text, -1, (rates[turn] - rates[1]).unstack("of"))
     text = "At initialisation SRR rises over the last quarter of the layers"
-    return rows + over_seeds("4.3", text, +1, (last - turn).unstack("of"))
+    return rows + over_seeds("4.3", text, +1, (curves[depth] - curves[turn]).unstack("of"))
 
 
 def course_claims(layers):
