@@ -172,40 +172,6 @@ def forest(taus, path, *, label):
     save(figure, path)
 
 
-def agreement(taus, path, *, label):
-    """tau with its interval for several sets of models, and together (the results page).
-
-    taus: {title of panel: {set: two rows of page.csv, each None where there is none}}; the second is hollow.
-    """
-    lines = [*next(iter(taus.values()))]
-    figure, axes = grid(len(taus), len(taus), width=2.6, height=0.9 + 0.36 * len(lines), sharex=True, sharey=True)
-    for axis, (title, numbers) in zip(axes, taus.items()):
-        for y, line in enumerate(lines):
-            together = line.startswith("together")
-            colour = "black" if together else COLOURS["crate-n" if line.startswith("CIFAR") else "crate-c"]
-            for estimate, place, face in zip(numbers[line], (y, y + 0.28), (colour, "white")):
-                if estimate:
-                    ends = [estimate["low"], estimate["high"]]
-                    axis.plot(ends, [place, place], color=colour, linewidth=2 if face == colour else 1)
-                    axis.plot(estimate["number"], place, "D" if together else "o", color=colour, markerfacecolor=face)
-            if numbers[line][0] is None:
-                axis.text(0, y, " too few pairs", va="center", fontsize=8, color=GREY)
-            elif together:
-                text = "{number:.2f} [{low:.2f}, {high:.2f}]".format(**numbers[line][0]).replace("-", "−")
-                axis.text(0.15, y + 0.25, text, ha="center", va="top", fontsize=9, fontweight="bold")
-                axis.axhline(y - 0.5, color="0.8", linewidth=0.8)
-                axis.axhline(y + 0.75, color="0.8", linewidth=0.8)
-        axis.axvline(0, color=GREY, linewidth=0.8)
-        axis.set_title(title, fontsize=10)
-        axis.grid(axis="x", alpha=0.3)
-        axis.tick_params(axis="y", length=0)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-    axes[0].set(xlim=(-0.75, 1.05), xticks=(-0.5, 0, 0.5, 1), ylim=(len(lines) - 0.2, -0.6))
-    axes[0].set_yticks(range(len(lines)), lines, fontsize=9)
-    figure.supxlabel(label, fontsize=9)
-    save(figure, path)
-
-
 def pushed(changes, path):
     """The gap when SRR is pushed through the loss, in % of eta = 0: each type, and their mean (the results page).
 

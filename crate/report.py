@@ -23,7 +23,6 @@ from crate import claims, figures
 from crate.claims import mean_interval, with_interval
 from crate.cli import InputError, Parser, markdown_table, one_line, path, read_json, run, write_text
 from crate.model import VARIANTS
-from crate.page import write_page
 from crate.runs import read_log, read_run
 
 RUN = ["experiment", "run"]
@@ -350,10 +349,7 @@ def main():
     add = parser.add_argument
     add("runs", nargs="?", type=path, metavar="RUNS", help="the folder above the experiments, such as runs/laptop, or of runs")
     add("--results", type=path, metavar="FOLDER", help="of the tables and the report (default: RUNS/results)")
-    add("--page", type=path, metavar="FOLDER", help="results/: write the numbers and figures of its README.md instead")
     arguments = parser.parse_args()
-    if arguments.page:
-        return write_page(arguments.page)
     if not (arguments.runs or arguments.results):
         raise InputError("name RUNS, such as runs/laptop, or --results with its tables")
     results = arguments.results or arguments.runs / "results"

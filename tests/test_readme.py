@@ -54,6 +54,6 @@ def test_flags_that_the_readme_names_exist():
         subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         for name in ("train", "measure", "correlate", "attention_only")
     )
-    elsewhere = {"--array", "--page", "--wrap", "--nproc-per-node"}
+    elsewhere = {"--array", "--wrap", "--nproc-per-node"}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - elsewhere:
         assert flag in help_texts, flag

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crate import page, ranks
+from crate import ranks
+from results import page
 from tests.conftest import assert_refused
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +104,7 @@ def test_the_page_of_made_up_tables(script, tmp_path):
     study = small.assign(lr=np.exp(rng.uniform(-7, -6.8, 48)))
     for name, table in {"measures": grid, "study_measures": study, "rate_measures": seeds, "runs": runs}.items():
         table.to_csv(tmp_path / f"digits/{name}.csv", index=False)
-    assert script("crate.report", "--page", tmp_path) == (0, "", "")
+    assert script("results.page", tmp_path) == (0, "", "")
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["srr_pushed.png", "srr_ranks.png"]
     found = pd.read_csv(tmp_path / "page.csv").set_index(["quantity", "of", "where"])
     options = dict(same=[("model",), ("model", "lr")], resamples=9)
@@ -120,8 +121,8 @@ def test_the_page_of_made_up_tables(script, tmp_path):
     together = found.loc["tau, gap, same type", "SRR", "together"]
     assert together["n"] == 47 + 48 + 47 and together["low"] < together["number"] < together["high"]
     assert found.loc["pushed, eta = 0.01: SRR, %", "CRATE", "digits, d = 48"]["number"] == pytest.approx(-30)
-    assert_refused(script("crate.report", "--page", tmp_path / "none"), "--page", "digits or cifar10")
+    assert_refused(script("results.page", tmp_path / "none"), "digits or cifar10")
     grid.drop(columns="srr").to_csv(tmp_path / "digits/measures.csv", index=False)
     for name in ("study_measures", "rate_measures"):
         small[:2].to_csv(tmp_path / f"digits/{name}.csv", index=False)
-    assert_refused(script("crate.report", "--page", tmp_path), "--page", "too few models")
+    assert_refused(script("results.page", tmp_path), "too few models")

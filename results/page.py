@@ -1,17 +1,18 @@
-"""The numbers and figures of results/README.md, from the tables of all data sets: `python -m crate.report --page results`.
+"""The numbers and figures of the README.md beside this file, from the tables of all data sets: `python -m results.page`.
 
 page.csv has a row for every number of the page, by the page's three questions: mean over seeds with its t interval, or tau with
 its bootstrap interval; n: how many seeds or models.
 """
 
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from crate import claims, figures, ranks
 from crate.claims import MAIN, mean_interval
-from crate.cli import InputError, write_text
+from crate.cli import InputError, Parser, path, run, write_text
 
 DATA = {"digits": "digits", "cifar10": "CIFAR-10"}  # folder: name
 ONE_RATE = "one rate"  # settings at one learning rate, with several seeds each
@@ -130,7 +131,41 @@ def tau_rows(sets):
     return rows
 
 
-def draw_taus(rows, path):
+def agreement(taus, file, *, label):
+    """tau with its interval for several sets of models, and together.
+
+    taus: {title of panel: {set: two rows of page.csv, each None where there is none}}; the second is hollow.
+    """
+    lines = [*next(iter(taus.values()))]
+    figure, axes = figures.grid(len(taus), len(taus), width=2.6, height=0.9 + 0.36 * len(lines), sharex=True, sharey=True)
+    for axis, (title, numbers) in zip(axes, taus.items()):
+        for y, line in enumerate(lines):
+            together = line.startswith("together")
+            colour = "black" if together else figures.COLOURS["crate-n" if line.startswith("CIFAR") else "crate-c"]
+            for estimate, place, face in zip(numbers[line], (y, y + 0.28), (colour, "white")):
+                if estimate:
+                    ends = [estimate["low"], estimate["high"]]
+                    axis.plot(ends, [place, place], color=colour, linewidth=2 if face == colour else 1)
+                    axis.plot(estimate["number"], place, "D" if together else "o", color=colour, markerfacecolor=face)
+            if numbers[line][0] is None:
+                axis.text(0, y, " too few pairs", va="center", fontsize=8, color=figures.GREY)
+            elif together:
+                text = "{number:.2f} [{low:.2f}, {high:.2f}]".format(**numbers[line][0]).replace("-", "−")
+                axis.text(0.15, y + 0.25, text, ha="center", va="top", fontsize=9, fontweight="bold")
+                axis.axhline(y - 0.5, color="0.8", linewidth=0.8)
+                axis.axhline(y + 0.75, color="0.8", linewidth=0.8)
+        axis.axvline(0, color=figures.GREY, linewidth=0.8)
+        axis.set_title(title, fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+        axis.tick_params(axis="y", length=0)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    axes[0].set(xlim=(-0.75, 1.05), xticks=(-0.5, 0, 0.5, 1), ylim=(len(lines) - 0.2, -0.6))
+    axes[0].set_yticks(range(len(lines)), lines, fontsize=9)
+    figure.supxlabel(label, fontsize=9)
+    figures.save(figure, file)
+
+
+def draw_taus(rows, file):
     """SRR and the gap in each set of models and together; where settings have several seeds, the gap of another seed, too."""
     taus = {(own["quantity"], own["of"], own["where"]): own for own in rows}
     names = {
@@ -145,7 +180,7 @@ def draw_taus(rows, path):
         panels[f"{gap}:\n{pairs}"] = dict(zip(lines.values(), of_lines))
     label = "Kendall's τ of SRR with the gap, 95 % intervals; in brackets the number of models"
     several = any(own["of"] == OTHER_SEED for own in rows)
-    figures.agreement(panels, path, label=label + "; hollow: of the gap of another seed" * several)
+    agreement(panels, file, label=label + "; hollow: of the gap of another seed" * several)
 
 
 def eta_rows(runs, data, observed):
@@ -172,13 +207,15 @@ def eta_rows(runs, data, observed):
     return rows, pushed
 
 
-def write_page(results):
-    """page.csv and figures/ in `results`. Raises InputError where no data set has measures.csv of three models or more."""
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("results", nargs="?", type=path, default=Path(__file__).parent, help="default: the folder of this file")
+    results = parser.parse_args().results
     sets, rows = sets_of_models(results)
     taus = tau_rows(sets)
     if not taus:
         where = f"no measures.csv in {' or '.join(DATA)}"
-        raise InputError(f"--page {results}: {where} there, or too few models in it that reached the target and have srr")
+        raise InputError(f"{results}: {where} there, or too few models in it that reached the target and have srr")
     draw_taus(taus, results / "figures/srr_ranks.png")
     rows += taus
     pushed = {}
@@ -194,3 +231,7 @@ def write_page(results):
         figures.pushed(pushed, results / "figures/srr_pushed.png")
     table = pd.DataFrame(rows).sort_values("question", kind="stable")
     write_text(results / "page.csv", table.to_csv(index=False, float_format="%.5g"))
+
+
+if __name__ == "__main__":
+    run(main)
