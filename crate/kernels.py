@@ -126,38 +126,13 @@ def log_det(tokens, coefficient):
     return _LogDet.apply(tokens, coefficient)
 
 
-class _SubspaceGradient(torch.autograd.Function):
-    """S = gamma V M^{-1}, M = I + gamma V^T V, is as smooth as R^c: its own gradient needs M^{-1} and S, no factorisation.
-
-    dM^{-1} = -gamma M^{-1} (dV^T V + V^T dV) M^{-1}, so a gradient G of S becomes H - S (V^T H + G^T S), H = gamma G M^{-1}.
-    """
-
-    @staticmethod
-    def forward(context, V, gamma):
-        inverse = _inverse(_factor(V.mT, gamma)).to(V.dtype)
-        S = gamma * V @ inverse
-        context.save_for_backward(V, inverse, S)
-        context.gamma = gamma
-        return S
-
-    @staticmethod
-    @in_full_precision
-    def backward(context, upstream):
-        (V, inverse, S), gamma = context.saved_tensors, context.gamma
-        if torch.is_grad_enabled():
-            inverse = _gram(V.mT.double(), gamma).inverse().to(V.dtype)
-            S = gamma * V @ inverse
-        H = gamma * upstream @ inverse
-        return H - S @ (V.mT @ H + upstream.mT @ S), None
-
-
 @in_full_precision
 def subspace_gradient(V, gamma=1.0):
     """gamma (I + gamma V_k V_k^T)^{-1} V_k (inside Eq. 6) of V (..., K, N, p): the same shape, float32 or float64.
 
     A p x p solve per head: linear in N. Raises ValueError as rates.coding_rate does.
     """
-    return _SubspaceGradient.apply(V, gamma)
+    return gamma * V @ _inverse(_factor(V.mT, gamma)).to(V.dtype)
 
 
 def dropout_factors(tensor, p):
