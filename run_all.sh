@@ -61,7 +61,7 @@ case $PRESET in
   cifar)
     grid="--width 96 192 --batch-size 64 128 --lr 1e-3 3e-3 --dropout 0 0.1 --epochs 200"
     study="--batch-size 32 64 128 --lr 5e-4 3e-3 --dropout 0 0.03 --weight-decay 0 0.1 --epochs 200"
-    rate="--lr 1e-3 --batch-size 16 32 64 128 256 --dropout 0 0.03 --weight-decay 0 0.2 --epochs 300"
+    rate="--lr 1e-3 --batch-size 32 64 128 256 --dropout 0 0.02 --weight-decay 0 0.2 --epochs 300"
     size="--patch-size 4 --width 384 --depth 12 --batch-size 32 --lr 3e-4 --epochs 15 --log-srr-every 3 --validate-every 15"
     table6="2 4 6 8 10 last random" layers="--width 384 --patch-size 4 --train-subset 250 --seed 0 1 2 3 4" etas="-0.003 0 0.003 0.01" ;;
   paper)
