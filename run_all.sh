@@ -56,18 +56,18 @@ case $PRESET in
   laptop)
     grid="--width 48 96 --batch-size 32 128 --lr 1e-3 3e-3 --dropout 0 0.02 --epochs 400"
     study="--batch-size 16 32 64 128 --lr 7e-4 7e-3 --dropout 0 0.1 --weight-decay 0 0.1 --epochs 400"
-    rate="--lr 2e-3 --batch-size 16 32 64 128 256 --dropout 0 0.1 --weight-decay 0 0.2 --epochs 400"
+    one_lr="--lr 2e-3 --batch-size 16 32 64 128 256 --dropout 0 0.1 --weight-decay 0 0.2 --epochs 400"
     table6="1 2 3 last random" layers="--width 384 --patch-size 2 --train-subset 100 --seed 0 1 2" ;;
   cifar)
     grid="--width 96 192 --batch-size 64 128 --lr 1e-3 3e-3 --dropout 0 0.1 --epochs 200"
     study="--batch-size 32 64 128 --lr 5e-4 3e-3 --dropout 0 0.03 --weight-decay 0 0.1 --epochs 200"
-    rate="--lr 1e-3 --batch-size 32 64 128 256 --dropout 0 0.02 --weight-decay 0 0.2 --epochs 300"
+    one_lr="--lr 1e-3 --batch-size 32 64 128 256 --dropout 0 0.02 --weight-decay 0 0.2 --epochs 300"
     size="--patch-size 4 --width 384 --depth 12 --batch-size 32 --lr 3e-4 --epochs 15 --log-srr-every 3 --validate-every 15"
     table6="2 4 6 8 10 last random" layers="--width 384 --patch-size 4 --train-subset 250 --seed 0 1 2 3 4" etas="-0.003 0 0.003 0.01" ;;
   paper)
     grid="--width 384 768 --batch-size 64 128 --lr 1e-4 3e-4 --dropout 0 0.1 --epochs 300"
     study="--batch-size 32 64 128 --lr 5e-5 5e-4 --dropout 0 0.3 --weight-decay 0 0.1 --epochs 300"
-    rate="--lr 1e-4 --batch-size 32 64 128 256 --dropout 0 0.3 --weight-decay 0 0.3 --epochs 300"
+    one_lr="--lr 1e-4 --batch-size 32 64 128 256 --dropout 0 0.3 --weight-decay 0 0.3 --epochs 300"
     table6="2 4 6 8 10 last random" layers="--width 384 768 --patch-size 4 --train-subset 520 --seed 0 1 2 3 4" ;;
 esac
 until_low="--augment none --schedule constant --stop-at-loss 0.01 --validate-every 1000 --log-srr-every 0"
@@ -92,10 +92,10 @@ for stage in $stages; do
       train study --model $others --draw 10 $study $until_low --seed own
       measure study study_measures
       correlate study_measures study_correlation model batch_size lr dropout weight_decay
-      train rate --model $models --draw 40 $rate $until_low --seed 0 1 2 # one learning rate, each setting with three seeds
-      measure rate rate_measures
-      correlate rate_measures rate_correlation $settings --same model ${settings// /,}
-      correlate rate_measures rate_correlation/means $settings --same model --mean-over-seeds
+      train one-lr --model $models --draw 40 $one_lr $until_low --seed 0 1 # one learning rate, each setting with two seeds
+      measure one-lr one_lr_measures
+      correlate one_lr_measures one_lr_correlation $settings --same model ${settings// /,}
+      correlate one_lr_measures one_lr_correlation/means $settings --same model --mean-over-seeds
       train intervention --model $models $until_low --log-srr-every 1000 --epochs 200 --srr-reg $etas --srr-layer last all \
         --seed $(seq -s " " 0 9)
       [ -n "$size" ] || train table2 --model $models --srr-reg 0 1e-3 1e-2 1e-1 1 --seed $(seq -s " " 0 19) # searches eta
@@ -107,9 +107,6 @@ for stage in $stages; do
 done
 echo "== all took $SECONDS s"
 [ $python != .venv/bin/python ] || echo "To use what was installed in your own commands:   source .venv/bin/activate"
-[ "$PRESET $gpu" != "laptop cuda" ] || echo "There is a GPU. For the paper's sizes, in this order (estimates, H100):
-  python tests/gpu_check.py                    8 minutes; ends in a verdict and the hours on this card
-  python -m pytest -m cuda                     1 minute
-  PRESET=paper bash run_all.sh layers report   minutes
-  PRESET=paper bash run_all.sh                 21 hours"
+[ "$PRESET $gpu" != "laptop cuda" ] || echo "There is a GPU. The paper's sizes, about 21 hours on an H100 (an estimate; README, GPU):
+  python tests/gpu_check.py && PRESET=paper bash run_all.sh"
 [ $failed = 0 ] || fail "$failed commands failed, see above; the same command again repeats what failed"

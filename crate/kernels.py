@@ -135,13 +135,13 @@ def subspace_gradient(V, gamma=1.0):
     return gamma * V @ _inverse(_factor(V.mT, gamma)).to(V.dtype)
 
 
-def dropout_factors(tensor, p):
-    """Dropout's random factors, of the tensor's shape and type: 0 with probability p, else 1 / (1 - p).
+def dropout_factors(tensor, drop):
+    """Dropout's random factors, of the tensor's shape and type: 0 with probability `drop`, else 1 / (1 - drop).
 
     Sixteen bits of a 64-bit draw decide on an element: many times faster than F.dropout on a CPU, as are whole numbers in the
-    place of truth values. p is rounded to a multiple of 2^-16, and the factor is that of the rounded p.
+    place of truth values. `drop` is rounded to a multiple of 2^-16, and the factor is that of the rounded one.
     """
-    dropped = min(max(round(p * 2**16), 1), 2**16 - 1)
+    dropped = min(max(round(drop * 2**16), 1), 2**16 - 1)
     draws = torch.empty(tensor.numel() // 4 + 1, dtype=torch.int64, device=tensor.device).random_(-(2**63), None)
     bits = draws.view(torch.int16)[: tensor.numel()].view(tensor.shape)
     threshold = dropped - 2**15
@@ -149,18 +149,18 @@ def dropout_factors(tensor, p):
     return kept.to(tensor.dtype).mul_(1 / (1 - dropped / 2**16))
 
 
-def dropout(tensor, p):
-    """Zero each element with probability p, scale the others by 1 / (1 - p)."""
-    if tensor.is_cuda or p == 0:  # one fused kernel, or the tensor itself
-        return F.dropout(tensor, p)
-    return tensor * dropout_factors(tensor, p)
+def dropout(tensor, drop):
+    """Zero each element with probability `drop`, scale the others by 1 / (1 - drop)."""
+    if tensor.is_cuda or drop == 0:  # one fused kernel, or the tensor itself
+        return F.dropout(tensor, drop)
+    return tensor * dropout_factors(tensor, drop)
 
 
-def _attend(V, scale, p, factors=None):
+def _attend(V, scale, drop, factors=None):
     """The output of self-attention of V (b, N, p), its weights (b, N, N), and these after dropout by new or given factors."""
     gram = torch.baddbmm(V.new_zeros(1, 1, 1), V, V.mT, beta=0, alpha=scale)
     weights = gram.softmax(dim=-1).to(V.dtype)  # a row per token of the output
-    dropped = dropout(weights, p) if factors is None else weights * factors
+    dropped = dropout(weights, drop) if factors is None else weights * factors
     return torch.bmm(dropped, V), weights, dropped
 
 
@@ -170,8 +170,8 @@ class _SelfAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context, V, scale, p):
-        output, weights, dropped = _attend(V, scale, p)
+    def forward(context, V, scale, drop):
+        output, weights, dropped = _attend(V, scale, drop)
         context.save_for_backward(V, output, weights, dropped)
         context.scale = scale
         return output
@@ -189,18 +189,18 @@ class _SelfAttention(torch.autograd.Function):
         return gradient, None, None
 
 
-def self_attention(V, scale=1.0, p=0.0):
+def self_attention(V, scale=1.0, drop=0.0):
     """V_k softmax(scale V_k^T V_k) per head (inside Eq. 4) of V (..., K, N, p): the same shape.
 
-    Attention weights are dropped with probability p. torch's fused kernels, here for many tokens and on CUDA, have no second
-    derivative and say so; inside `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` there is one.
+    drop: the probability with which an attention weight is dropped. torch's fused kernels, here for many tokens and on CUDA,
+    have no second derivative and say so; inside `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` there is one.
     """
     if V.is_cuda or V.shape[-2] > LARGE:
-        return F.scaled_dot_product_attention(V, V, V, dropout_p=p, scale=scale)
+        return F.scaled_dot_product_attention(V, V, V, dropout_p=drop, scale=scale)
     flat = V.flatten(0, -3)  # (b, N, p)
     if torch.is_grad_enabled():
-        return _SelfAttention.apply(flat, scale, p).view(V.shape)
-    return _attend(flat, scale, p)[0].view(V.shape)
+        return _SelfAttention.apply(flat, scale, drop).view(V.shape)
+    return _attend(flat, scale, drop)[0].view(V.shape)
 
 
 WARM_UP = 3  # steps before a capture: they fill the optimizer's state and the caches of the libraries

@@ -67,7 +67,7 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
     """The measures that need only weights and these scalars: {name: float}.
 
     weights: the counted matrices W_1..W_d, a sequence or {name: matrix}; initial: the same matrices at initialisation, W0_i;
-    margin: gamma, <= 0 makes the measures over the margin NaN; examples: m; sigma, sigma_mag: the noise scales at which
+    margin: J's gamma, <= 0 makes the measures over it NaN; examples: m; sigma, sigma_mag: the noise scales at which
     training accuracy has dropped by 0.1. None for initial, margin or a scale leaves out the measures that need it.
     In float64 on the CPU, where singular values take less time than on a GPU. Norms are squared before every use, as in the
     code of Dziugaite et al. 2020: fro is ||W_i||_F^2, spec ||W_i||_2^2.
@@ -105,10 +105,10 @@ def weight_measures(weights, initial, margin, examples, sigma, sigma_mag):
         measures["fro_dist"] = numerators["init"].sum()  # J-eq. 40
         measures["dist_spec_init"] = squared_spec(moved).sum()  # J-eq. 41
     if margin is not None:
-        gamma = margin if margin > 0 else math.nan
-        measures["inverse_margin"] = 1 / gamma / gamma  # J-eq. 22
+        margin = margin if margin > 0 else math.nan
+        measures["inverse_margin"] = 1 / margin / margin  # J-eq. 22
         for norm in ("fro", "spec"):
-            over_margin = measures[f"log_prod_of_{norm}"] - 2 * math.log(gamma)
+            over_margin = measures[f"log_prod_of_{norm}"] - 2 * math.log(margin)
             measures[f"log_prod_of_{norm}_over_margin"] = over_margin  # J-eqs.: fro 36, spec 31
             measures[f"log_sum_of_{norm}_over_margin"] = math.log(d) + over_margin / d  # fro 38, spec 34
         for name, square in numerators.items():  # J-eqs.: orig 30, init 29
@@ -142,7 +142,7 @@ def accuracy(model, weights, images, labels, chunk=256):
 
 
 def margin(model, images, labels, chunk=256):
-    """gamma: the k-th smallest of f(x)_y - max_{j != y} f(x)_j over the images, k = floor(m / 10) and at least 1.
+    """J's gamma: the k-th smallest of f(x)_y - max_{j != y} f(x)_j over the images, k = floor(m / 10) and at least 1.
 
     It may be negative.
     """
@@ -331,7 +331,7 @@ def measure(model, initial, data, groups, images=10_000):
     matrices = [None if network is None else counted_weights(network) for network in (model, initial)]
     measures, details, layers, failed = {}, {}, [], {}
 
-    def gamma():
+    def margin_of_data():
         if labels is not None and "margin" not in details:
             details["margin"] = margin(model, everything, labels)
         return details.get("margin")
@@ -343,12 +343,13 @@ def measure(model, initial, data, groups, images=10_000):
         return Prepared(data.train_images[chosen], data.prepare), labels[chosen]
 
     def norms():
-        return weight_measures(*matrices, gamma(), len(everything), sigma=None, sigma_mag=None)
+        return weight_measures(*matrices, margin_of_data(), len(everything), sigma=None, sigma_mag=None)
 
     def path_norms():
         shape = data.prepare(data.train_images[:1]).shape[1:]
         effective, literal = path_norm(model, shape), path_norm(model, shape, effective=False)
-        over_margin = effective / gamma() / gamma() if gamma() > 0 else math.nan  # J-eq. 43
+        its_margin = margin_of_data()
+        over_margin = effective / its_margin / its_margin if its_margin > 0 else math.nan  # J-eq. 43
         return {"path_norm": effective, "path_norm_over_margin": over_margin, "path_norm_literal": literal}
 
     def pac_bayes():

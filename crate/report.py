@@ -7,7 +7,7 @@ alone is done: a report rebuilt from its tables. An experiment's folder says wha
     grid      Section 5's models (Table 4)             table2, table2-..   SRR in the loss (Figs. 2, 3)
     table3    other output matrices                    table6              the SRR of other layers
     layers    twelve layers at initialisation          intervention        eta, --srr-layer, seed alone differ
-    study     random settings                          rate                random settings at one learning rate
+    study     random settings                          one-lr              random settings at one learning rate
     any other name: single runs, whose layer-wise SRR is drawn
 
 What a data set is called, if not by the name of its --dataset, says datasets.json in --results: {"cifar10": "a copy of it"}.
@@ -27,7 +27,7 @@ from crate.runs import read_log, read_run
 
 RUN = ["experiment", "run"]
 PARTS = ["rate_subspaces", "rate_subspaces_equal_norm", "srr"]
-WITHOUT_LAYERS = ("grid", "study", "rate", "table6", "intervention")  # the SRR of their single layers is shown nowhere
+WITHOUT_LAYERS = ("grid", "study", "one-lr", "table6", "intervention")  # the SRR of their single layers is shown nowhere
 SHOWN = 12  # single runs of an experiment that are drawn
 RANKS = """Kendall's tau with the gap: psi of pairs of models that differ in one hyperparameter alone, Psi their mean, tau of
 all pairs. What the models of a pair share can't explain their agreement: hence, in the plots, tau of pairs of one type, and of
@@ -231,7 +231,7 @@ def complexity_section(results, runs):
     widths = sorted(int(folder.name.removeprefix("width=")) for folder in results.glob("correlation/width=*"))
     one_width = {f"d = {width}": f"correlation/width={width}" for width in widths} or {"all models": "correlation"}
     others = {"all widths": "correlation"} if widths else {}
-    others |= {"random settings": "study_correlation", "one learning rate": "rate_correlation"}
+    others |= {"random settings": "study_correlation", "one learning rate": "one_lr_correlation"}
     found, parts, grid = ({}, {}), [], runs[runs["part"] == "grid"]
     data = ", ".join(grid["data_set"].unique())
     for what, folder in (one_width | others).items():

@@ -84,11 +84,11 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
         check_after = {math.ceil(steps * (i + 1) / checks) for i in range(checks)}
         model.train()
         for images, labels, weight in batches(data, size, config["seed"], state["epoch"], augment, rank, world):
-            rate = config["lr"]
+            lr = config["lr"]
             if config["schedule"] == "cosine":
-                rate *= 0.5 * (1 + math.cos(math.pi * state["step"] / (config["epochs"] * steps)))
+                lr *= 0.5 * (1 + math.cos(math.pi * state["step"] / (config["epochs"] * steps)))
             for group in optimizer.param_groups:  # on CUDA it stays one tensor, which a graph reads
-                group["lr"] = group["lr"].fill_(rate) if images.is_cuda else rate
+                group["lr"] = group["lr"].fill_(lr) if images.is_cuda else lr
             try:
                 results.append(step(images, labels, weight, regularised[len(results)]))
             except ValueError as error:  # from the coding rates
@@ -97,7 +97,7 @@ def fit(config, folder, data, model, optimizer, scaler, state, bar):
             bar.update()
             if len(results) in check_after and reached_target(config, data, model, state, epoch_ends=len(results) == steps):
                 break
-        row = {"epoch": state["epoch"], "step": state["step"], "lr": rate} | means(results, config, data, state)
+        row = {"epoch": state["epoch"], "step": state["step"], "lr": lr} | means(results, config, data, state)
         log(row, config, folder, data, model, state, began)
         bar.set_postfix(loss=f"{row['train_loss']:.4f}")
         if rank == 0 and not sys.stderr.isatty() and time.monotonic() >= said_at + SAY_EVERY:

@@ -16,7 +16,7 @@ from crate.cli import InputError, Parser, path, run, write_text
 
 DATA = {"digits": "digits", "cifar10": "CIFAR-10"}  # folder: name
 ONE_RATE = "one rate"  # settings at one learning rate, with several seeds each
-FILES = {"measures": "grid", "study_measures": "random", "rate_measures": ONE_RATE}
+FILES = {"measures": "grid", "study_measures": "random", "one_lr_measures": ONE_RATE}
 GAPS = {"gap": "gap", "gap_accuracy": "gap in accuracy"}
 PANELS = [("gap", "all pairs"), ("gap", "same type"), ("gap", "same type and learning rate"), ("gap in accuracy", "same type")]
 MEASURES = {

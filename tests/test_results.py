@@ -102,7 +102,7 @@ def test_the_page_of_made_up_tables(script, tmp_path):
                        reached_target=True, srr=30 - 900 * runs["srr_reg"], gap=1 + runs["seed"])  # fmt: skip
     (tmp_path / "digits").mkdir()
     study = small.assign(lr=np.exp(rng.uniform(-7, -6.8, 48)))
-    for name, table in {"measures": grid, "study_measures": study, "rate_measures": seeds, "runs": runs}.items():
+    for name, table in {"measures": grid, "study_measures": study, "one_lr_measures": seeds, "runs": runs}.items():
         table.to_csv(tmp_path / f"digits/{name}.csv", index=False)
     assert script("results.page", tmp_path) == (0, "", "")
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["srr_pushed.png", "srr_ranks.png"]
@@ -123,6 +123,6 @@ def test_the_page_of_made_up_tables(script, tmp_path):
     assert found.loc["pushed, eta = 0.01: SRR, %", "CRATE", "digits, d = 48"]["number"] == pytest.approx(-30)
     assert_refused(script("results.page", tmp_path / "none"), "digits or cifar10")
     grid.drop(columns="srr").to_csv(tmp_path / "digits/measures.csv", index=False)
-    for name in ("study_measures", "rate_measures"):
+    for name in ("study_measures", "one_lr_measures"):
         small[:2].to_csv(tmp_path / f"digits/{name}.csv", index=False)
     assert_refused(script("results.page", tmp_path), "too few models")
