@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```\n(?:```\n(.*?)```)?", README, re.S)
-assert len(SNIPPETS) == 2 and all(printed for _, printed in SNIPPETS)
+assert SNIPPETS and all(printed for _, printed in SNIPPETS)
 NUMBER = r"-?\d+\.\d+"
 
 
