@@ -34,8 +34,8 @@ all pairs. What the models of a pair share can't explain their agreement: hence,
 one type and learning rate (within a factor of 1.25 where it is random). `srr_lambda_0` is R^c - R; the baselines are the mean
 SRR of the type, the learning rate, the number of steps. All measures, with intervals: correlation.md beside each figure.
 """
-INTERVENTION = """Only eta differs, and moves SRR: if SRR makes the gap, the gap follows. Slope where nobody pushed (the surest
-is dashed): {observed}. Left out, since they missed the target or have no SRR: {lost} runs.
+INTERVENTION = """Only eta differs, and moves SRR: if SRR makes the gap, the gap follows. Dashed: the slope where nobody pushed,
+{observed:+.2g}. Left out, since they missed the target or have no SRR: {lost} runs.
 """
 ACCURACY = "Validation accuracy in % after the last epoch, mean ± standard deviation over seeds; differences paired by seed.\n"
 
@@ -286,23 +286,22 @@ def intervention_section(results, runs):
     """The runs in which eta moves SRR, beside the models that nobody pushed."""
     everyone = runs[runs["part"] == "intervention"]
     moved = everyone[~everyone["reached_target"].eq(False)].dropna(subset=["srr", "gap"])
-    observed, found, drawn = claims.observed_slopes(results), [], {}
+    observed, slopes, drawn = claims.observed_slope(results), {}, {}
     for (of, layer), own in moved[moved["srr_reg"] != 0].groupby(["of", "srr_layer"], sort=False):
         plain = moved[(moved["srr_reg"] == 0) & (moved["of"] == of)]
-        slopes = claims.slopes(pd.concat([plain, own]))
-        slopes["mean over types"] = slopes.mean(axis=1, skipna=False)
+        of_types = claims.slopes(pd.concat([plain, own]))
+        of_types["mean over types"] = of_types.mean(axis=1, skipna=False)
         title = f"{of}, --srr-layer {layer}"
-        text = f"{claims.BEYOND}the gap follows SRR when the loss moves it, {title}: slope"
-        found += claims.over_seeds("5", text, +1, slopes)
+        slopes |= {f"{title}: {model}": values for model, values in of_types.items()}
         means = plain.groupby("model")[["srr", "gap"]].mean().mean()
-        drawn[title] = claims.changes(plain, own), claims.narrowest(observed) * means["srr"] / means["gap"]
+        drawn[title] = claims.changes(plain, own), observed * means["srr"] / means["gap"]
     if not drawn:
         return [], []
     figures.pushed(drawn, results / "figures/intervention.png")
-    words = "; ".join(f"{with_interval(*slope, '+.2g')} ({what})" for what, slope in observed.items())
+    found = claims.over_seeds("5", claims.BEYOND + "the gap follows SRR when the loss moves it: slope", +1, slopes)
     return found, section(
         "Beyond the paper: does the gap follow SRR? (intervention)",
-        INTERVENTION.format(observed=words or "-", lost=len(everyone) - len(moved)),
+        INTERVENTION.format(observed=observed, lost=len(everyone) - len(moved)),
         image("figures/intervention.png", f"The gap against SRR where eta alone differs, {about(moved)}"),
     )
 

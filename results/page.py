@@ -225,7 +225,7 @@ def main():
             if (folder / f"{name}.csv").exists():
                 table = pd.read_csv(folder / f"{name}.csv")
                 rows += rows_of(runs[[*RUN, "model", "seed", "width", "depth"]].merge(table, on=RUN), data)
-        changes, drawn = eta_rows(runs, data, claims.narrowest(claims.observed_slopes(folder)))
+        changes, drawn = eta_rows(runs, data, claims.observed_slope(folder))
         rows, pushed = rows + changes, pushed | drawn
     if pushed:
         figures.pushed(pushed, results / "figures/srr_pushed.png")
