@@ -16,19 +16,18 @@ HEADS = 3
 PARTS = ["l0", "rate_subspaces", "rate", "srr"]
 
 
+@pytest.mark.parametrize("norm", ["l0", "l1"])
 @pytest.mark.parametrize("N", [5, 20])
-def test_measure_of_tokens_and_its_gradients(N):
-    Z = F.relu(torch.randn(4, N, 12, dtype=torch.float64)).requires_grad_()
+def test_measure_of_tokens_and_its_gradients(N, norm):
+    Z = F.hardshrink(torch.randn(4, N, 12, dtype=torch.float64)).requires_grad_()
     U = torch.randn(12, 12, dtype=torch.float64, requires_grad=True)
-    expected = torch.stack([reference.srr_parts(z[None], U, HEADS, 0.3, 0.8)["srr"] for z in Z])
-    measure = srr(Z, U, HEADS, sparsity=0.3, gamma=0.8)
+    expected = reference.subspace_coding_rate(Z, U, HEADS, 0.8) - reference.coding_rate(Z, HEADS * 0.8)
+    expected = expected + 0.3 * (Z.abs() if norm == "l1" else (Z != 0).double()).sum((1, 2))
+    measure = srr(Z, U, HEADS, sparsity=0.3, gamma=0.8, norm=norm)
     assert_close(measure, expected, 1e-10)
     for actual, wanted in zip(torch.autograd.grad(measure.sum(), (Z, U)), torch.autograd.grad(expected.sum(), (Z, U))):
         assert_close(actual, wanted, 1e-10)
     assert_close(srr(Z, U, HEADS), srr(Z, U, HEADS, sparsity=0.1, gamma=1.0, norm="l0"), 1e-12)
-    l0, rate_subspaces, rate = parts(Z, U, HEADS, 0.8)
-    assert_close(0.3 * l0 + rate_subspaces - rate, measure, 1e-12)
-    assert l0.tolist() == [int((z > 0).sum()) for z in Z]
     with pytest.raises(ValueError, match="l0 or l1"):
         srr(Z, U, HEADS, norm="l2")
 
@@ -186,25 +185,3 @@ def test_rates_around_the_operators(variant):
                 scaled = reference.subspace_coding_rate(reference.at_norm_of(value, before), U, HEADS, 0.8).mean()
                 assert_close(points[point]["rate_subspaces_equal_norm"], scaled, 1e-10)
             before = value
-
-
-@pytest.mark.parametrize("norm", ["l0", "l1"])
-@pytest.mark.parametrize("layers", [[2], [0], [0, 1, 2]], ids=["last", "first", "all"])
-@of_variants
-def test_gradients_of_eq_14(variant, layers, norm):
-    model, images, labels = small_model(variant), images_for(6), torch.tensor([0, 1, 2, 3, 4, 0])
-    options = dict(sparsity=0.3, gamma=0.8, norm=norm)
-    weights, logits, outputs = expected_forward(model, variant, images)
-    regulariser = reference.stop_gradient_srr(outputs, weights, variant, HEADS, layers, **options)
-    expected = F.cross_entropy(logits, labels) + 0.7 * regulariser
-    with record([model.layers[l] for l in layers]) as (inputs, recorded):
-        loss = F.cross_entropy(model(images), labels)
-    for l, Z, output in zip(layers, inputs, recorded, strict=True):
-        assert_close(output, outputs[l + 1], 1e-10)
-        U = model.layers[l].mssa.U.weight.mT
-        loss = loss + 0.7 / len(layers) * srr(model.layers[l](Z.detach()), U, HEADS, **options).mean()
-    assert_close(loss, expected, 1e-10)
-    loss.backward()
-    expected.backward()
-    for name, parameter in model.named_parameters():
-        assert_close(parameter.grad, weights[name].grad, 1e-10)
