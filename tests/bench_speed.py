@@ -9,11 +9,10 @@ the d x d side, unfused Adam, noise drawn and evaluated direction by direction.
 """
 
 import argparse
-import json
+import multiprocessing
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from crate import measures  # noqa: E402
 from crate.cli import markdown_table, write_text  # noqa: E402
-from crate.data import batches, load_data  # noqa: E402
+from crate.data import load_data  # noqa: E402
 from crate.kernels import self_attention, subspace_gradient  # noqa: E402
 from crate.model import build_model  # noqa: E402
 from crate.rates import coding_rate, merge_heads, split_heads  # noqa: E402
@@ -104,12 +103,12 @@ def peak_memory(**case):
 
     In a process of its own, where the allocator gives every large tensor back when it is freed.
     """
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, "--peak-memory", json.dumps(case)]
-    return int(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout)
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # read when a process starts
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(added_at_peak, kwds=case)
 
 
-def print_peak_memory(width, depth, batch, tokens=65, layers=()):
+def added_at_peak(width, depth, batch, tokens=65, layers=()):
     def resident(key):  # VmRSS, or VmHWM: its highest value
         return int(re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
@@ -118,21 +117,19 @@ def print_peak_memory(width, depth, batch, tokens=65, layers=()):
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = resident("VmRSS")
     step()
-    print(resident("VmHWM") - before)
+    return resident("VmHWM") - before
 
 
-def trained_on_digits(width=48, depth=4):
-    """A model of the laptop preset's size after some epochs, and 250 training images with their labels."""
+def trained_on_digits():
+    """A model of the laptop preset's size after some steps, and 250 training images with their labels."""
     data = load_data("digits")
+    images, labels = data.prepare(data.train_images), data.train_labels
     torch.manual_seed(0)
-    model = build_model("crate-c", image_size=8, patch_size=2, channels=1, classes=10, width=width, depth=depth, heads=HEADS)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    for epoch in range(20):
-        for images, labels, _ in batches(data, 64, 0, epoch):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-    return model.eval(), data.prepare(data.train_images[:250]), data.train_labels[:250]
+    model = build_model("crate-c", image_size=8, patch_size=2, channels=1, classes=10, width=48, depth=4, heads=HEADS)
+    step = our_step(model, (images, labels))
+    for _ in range(200):
+        step()
+    return model.eval(), images[:250], labels[:250]
 
 
 def ratios(width, depth, rounds):
@@ -209,10 +206,7 @@ def main():
     parser.add_argument("--width", type=int, default=384, help="default: 384, CRATE-Tiny")
     parser.add_argument("--depth", type=int, default=12, help="default: 12")
     parser.add_argument("--out", type=Path, metavar="FOLDER")
-    parser.add_argument("--peak-memory", help=argparse.SUPPRESS)  # one case, for a process of its own
     arguments = parser.parse_args()
-    if arguments.peak_memory:
-        return print_peak_memory(**json.loads(arguments.peak_memory))
     began = time.perf_counter()
     where = (
         f"{platform.machine()}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch "
