@@ -330,36 +330,29 @@ def measure(model, initial, data, groups, images=10_000):
     everything, labels = Prepared(data.train_images, data.prepare), data.train_labels
     matrices = [None if network is None else counted_weights(network) for network in (model, initial)]
     measures, details, layers, failed = {}, {}, [], {}
-
-    def margin_of_data():
-        if labels is not None and "margin" not in details:
+    if labels is not None:
+        some = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:images].sort().values.to(labels.device)
+        subset = Prepared(data.train_images[some], data.prepare), labels[some]
+        if not {"norms", "path-norm"}.isdisjoint(groups):
             details["margin"] = margin(model, everything, labels)
-        return details.get("margin")
-
-    def subset():
-        chosen = (
-            torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:images].sort().values.to(labels.device)
-        )
-        return Prepared(data.train_images[chosen], data.prepare), labels[chosen]
 
     def norms():
-        return weight_measures(*matrices, margin_of_data(), len(everything), sigma=None, sigma_mag=None)
+        return weight_measures(*matrices, details.get("margin"), len(everything), sigma=None, sigma_mag=None)
 
     def path_norms():
-        shape = data.prepare(data.train_images[:1]).shape[1:]
+        shape, gamma = data.prepare(data.train_images[:1]).shape[1:], details["margin"]
         effective, literal = path_norm(model, shape), path_norm(model, shape, effective=False)
-        its_margin = margin_of_data()
-        over_margin = effective / its_margin / its_margin if its_margin > 0 else math.nan  # J-eq. 43
+        over_margin = effective / gamma / gamma if gamma > 0 else math.nan  # J-eq. 43
         return {"path_norm": effective, "path_norm_over_margin": over_margin, "path_norm_literal": literal}
 
     def pac_bayes():
-        details["sigma"], details["sigma_drop"] = noise_scale(model, *subset())
-        details["sigma_mag"], details["sigma_mag_drop"] = noise_scale(model, *subset(), magnitude_aware=True)
+        details["sigma"], details["sigma_drop"] = noise_scale(model, *subset)
+        details["sigma_mag"], details["sigma_mag_drop"] = noise_scale(model, *subset, magnitude_aware=True)
         values = weight_measures(*matrices, None, len(labels), details["sigma"], details["sigma_mag"])
         return {name: mu for name, mu in values.items() if name.startswith("pacbayes")}
 
     def sharpness():
-        details["alpha"], details["alpha_drop"] = sharpness_radius(model, *subset())
+        details["alpha"], details["alpha_drop"] = sharpness_radius(model, *subset)
         return {"sharpness_flatness": 1 / details["alpha"] ** 2}  # J-eq. 54
 
     def srr():
