@@ -50,13 +50,6 @@ def test_attention_and_its_gradient(N, scale, dtype, tolerance):
     assert_close(gradient, torch.autograd.grad(expected, Z, upstream)[0], tolerance)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.4])
-def test_first_and_second_derivatives_of_attention(p):
-    """With the same mask in all of them."""
-    attention, V = reseeded(lambda V: self_attention(V, 0.7, p)), randn(2, 1, 5, 4)
-    assert torch.autograd.gradcheck(attention, V) and torch.autograd.gradgradcheck(attention, V)
-
-
 def test_second_derivatives_of_the_fused_kernel():
     """It has none, and says so; inside `sdpa_kernel` there are some."""
     V = randn(1, 1, LARGE + 1, 2)

@@ -2,11 +2,9 @@
 
 import argparse
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,6 +13,7 @@ from crate.released import from_released_crate
 from tests import reference
 from tests.conftest import assert_refused
 from tests.reference import assert_close
+from tests.test_data import write_classes
 
 
 def released_state(*, channels=3, patch=4, grid=2, width=12, depth=2, classes=5):
@@ -98,12 +97,7 @@ def test_row(measured):
 
 
 def test_colour_images_are_standardised_as_the_released_code_does(measured, tmp_path):
-    random, folder = np.random.default_rng(0), tmp_path / "pictures"
-    for part in ("train", "val"):
-        for label in ("cat", "dog"):
-            (folder / part / label).mkdir(parents=True)
-            for i in range(3):
-                Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / part / label / f"{i}.png")
+    folder = write_classes(tmp_path / "pictures", size=(8, 8))
     state, data = released_state(classes=2), load_data(str(folder))
     mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     expected = losses(state, (data.val_images / 255 - mean) / std, data.val_labels)

@@ -136,20 +136,6 @@ def test_tokens_and_U_of_different_types():
     assert srr(Z[0], U, HEADS).shape == ()
 
 
-@pytest.mark.parametrize("options", [{}, {"sparsity": 0.7, "gamma": 0.4}], ids=["default", "other"])
-@of_variants
-def test_measure_of_every_layer(variant, options):
-    model, images = small_model(variant), images_for(6)
-    _, _, outputs = expected_forward(model, variant, images)
-    measured = layer_srr(model, images, chunk=4, **options)
-    for row, layer, Z in zip(measured, model.layers, outputs[1:], strict=True):  # outputs[0] is Z^0
-        expected = reference.srr_parts(Z, layer.mssa.U.weight.mT, HEADS, **options)
-        for part in PARTS:
-            assert_close(row[part], expected[part], 1e-10)
-    for row, wide in zip(layer_srr(model.float(), images.float(), **options), measured):
-        assert row == pytest.approx(wide, rel=1e-4, abs=1e-3)
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_measuring_leaves_no_trace(training):
     model, images = small_model("crate", dropout=0.5).train(training), images_for()
@@ -164,10 +150,12 @@ def test_measuring_leaves_no_trace(training):
 
 
 @of_variants
-def test_rates_around_the_operators(variant):
+def test_measure_of_every_layer_and_around_its_operators(variant):
     model, images = small_model(variant), images_for(6)
     weights, _, outputs = expected_forward(model, variant, images)
     rows = operator_rates(model, images, sparsity=0.3, gamma=0.8, chunk=4)
+    for row, points in zip(layer_srr(model, images, sparsity=0.3, gamma=0.8, chunk=4), rows, strict=True):
+        assert row == pytest.approx({part: points["output"][part] for part in PARTS}, rel=1e-10)
     size, _, _, sparsification = reference.fields(variant)
     for l, points in enumerate(rows):
         own, U, before = reference.of_layer(weights, l), model.layers[l].mssa.U.weight.mT, outputs[l]
@@ -185,3 +173,6 @@ def test_rates_around_the_operators(variant):
                 scaled = reference.subspace_coding_rate(reference.at_norm_of(value, before), U, HEADS, 0.8).mean()
                 assert_close(points[point]["rate_subspaces_equal_norm"], scaled, 1e-10)
             before = value
+    default = layer_srr(model, images, sparsity=0.1, gamma=1.0)
+    for row, wide in zip(layer_srr(model.float(), images.float()), default):
+        assert row == pytest.approx(wide, rel=1e-4, abs=1e-3)
