@@ -27,10 +27,15 @@ def test_verdict(side):
     assert claims.claim("6", "", side, {}, "") == []
 
 
-def test_mean_interval():
+def test_intervals_over_seeds():
+    """Those of one row hold together; equal values are no certainty."""
+    values = {name: pd.Series(np.random.default_rng(0).normal(size=6)) for name in "abcd"}
+    (row,) = claims.over_seeds("6", "", +1, values)
+    low, high = stats.ttest_1samp(values["a"], 0).confidence_interval(1 - 0.05 / 4)
+    assert f"[{low:+.3g}, {high:+.3g}]" in row["numbers"] and row["n"] == "6 seeds"
     wanted = stats.t.interval(0.9, 2, 7 / 3, stats.sem([1, 2, 4]))
     assert claims.mean_interval([1, 2, 4], 0.9) == pytest.approx((7 / 3, *wanted))
-    for values in ([2.0, 2.0], [92.4 - 92.2, 90.6 - 90.4, 0.2], [3.0]):  # equal values are no certainty
+    for values in ([2.0, 2.0], [92.4 - 92.2, 90.6 - 90.4, 0.2], [3.0]):
         mean, *bounds = claims.mean_interval(values)
         assert mean == pytest.approx(values[0]) and np.isnan(bounds).all()
         assert claims.over_seeds("6", "", +1, {"": pd.Series(values)}, margin=0.5)[0]["verdict"] == "undecided"
@@ -48,36 +53,6 @@ def test_no_effect_is_two_one_sided_tests():
         assert row["verdict"] == expected
         seen.add(expected)
     assert len(seen) == 4
-
-
-def test_intervals_of_a_row_hold_together():
-    values = {name: pd.Series(np.random.default_rng(0).normal(size=6)) for name in "abcd"}
-    (row,) = claims.over_seeds("6", "", +1, values)
-    low, high = stats.ttest_1samp(values["a"], 0).confidence_interval(1 - 0.05 / 4)
-    assert f"[{low:+.3g}, {high:+.3g}]" in row["numbers"] and row["n"] == "6 seeds"
-
-
-def test_two_sets_of_runs_stand_side_by_side_in_a_row():
-    x = pd.DataFrame(np.random.default_rng(0).normal(size=(6, 3)) + 3, columns=list("abc"))
-    x.columns = pd.MultiIndex.from_tuples([("d = 48", "a"), ("d = 96", "b"), ("d = 96", "c")])
-    (row,) = claims.over_seeds("6", "", +1, x, tests=5)
-    a, b, c = (
-        "{} {:+.3g} [{:+.3g}, {:+.3g}]".format(name[1], own.mean(), *stats.ttest_1samp(own, 0).confidence_interval(0.99))
-        for name, own in x.items()
-    )
-    assert row["numbers"] == f"d = 48: {a}; d = 96: {b}; {c}" and row["verdict"] == "holds"
-
-
-def test_disagreements_come_first_and_verdicts_are_counted():
-    verdicts = ["holds", "undecided", "contradicted in 1 of 2, holds in 1 of 2", "contradicted", "holds in 1 of 3"]
-    verdicts += ["no effect", "contradicted in 2 of 3", "holds"]
-    rows = [{"claim": claim, "verdict": verdict} for verdict in verdicts for claim in ("a", f"{claims.BEYOND}b")]
-    (first, ours), (second, others) = claims.in_order(rows).items()
-    assert [row["verdict"] for row in ours] == [verdicts[i] for i in (3, 2, 6, 5, 1, 4, 0, 7)]
-    assert first == (
-        "The paper's 8 claims: contradicted 1, contradicted in part 2, no effect 1, undecided 1, holds in part 1, holds 2"
-    )
-    assert len(others) == 8 and second.startswith("Beyond the paper, 8 claims: ")
 
 
 def find(rows, *words):
