@@ -13,8 +13,11 @@ from torch.nn import functional as F
 from crate import measures
 from crate.data import load_data
 from crate.model import VARIANTS, Variant, build_model
+from crate.runs import load_run
 from crate.srr import layer_srr
+from crate.training import train
 from tests import reference
+from tests.test_training import config
 
 W = [[[1, 2], [3, 4], [-1, 0.5]], [[2, -1, 0.5], [0, 1, -2]]]
 W0 = [[[0.5, 1], [1, 1], [0, 0]], [[1, 0, 0], [0, 0, 1]]]
@@ -49,17 +52,11 @@ def small_model(name="crate-c", seed=0, depth=2):
 
 
 @pytest.fixture(scope="module")
-def trained(examples):
+def trained(tmp_path_factory):
     """A model that classifies most of the 300 training images, at initialisation and afterwards."""
-    images, labels = examples
-    model = small_model("crate")
-    initial = copy.deepcopy(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(120):
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-    model.zero_grad()
+    folder = tmp_path_factory.mktemp("run")
+    train(config(model="crate", depth=2, train_subset=300, hold_out=0.0, epochs=40), folder, show_progress=False)
+    _, _, model, initial = load_run(folder)
     return initial, model
 
 

@@ -84,15 +84,6 @@ def test_all_statistics_equal_loops_over_pairs(ties, holes, seeds):
     assert [*result][: len(names)] == names
 
 
-def test_numbers_that_are_equal_but_for_rounding():
-    table, moved = noisy(), noisy()
-    for row in moved[::2]:
-        row |= {"lr": row["lr"] * (1 + 5e-7), "dropout": row["dropout"] * (1 - 1e-9)}
-    assert one(moved) == one(table)
-    nearly = [row | {"a": 0.3 if k % 2 else 0.1 + 0.2} for k, row in enumerate(table)]  # accuracies, for one
-    assert one(nearly)["tau"] == 0
-
-
 @pytest.mark.parametrize("seeds", (1, 2))  # that seeds share their rate doesn't make rates a grid's
 def test_rates_drawn_at_random_are_the_same_within_a_factor(seeds):
     rng = np.random.default_rng(0)
@@ -228,7 +219,7 @@ def test_pooled():
 
 
 def test_constant_and_missing_measures():
-    table = [row | {"constant": 3.0, "none": None, "srr": None} for row in noisy()]
+    table = [row | {"constant": 0.3 if k % 2 else 0.1 + 0.2, "none": None, "srr": None} for k, row in enumerate(noisy())]
     table[5]["gap"] = math.nan
     constant, none, srr, a = correlate(table, AXES, "gap", ["constant", "none", "srr", "a"], resamples=100)
     assert constant["tau"] == constant["tau_low"] == constant["Psi"] == 0 and constant["models"] == a["models"] == 31
@@ -239,33 +230,20 @@ def test_constant_and_missing_measures():
 @pytest.mark.parametrize("seeds", (1, 3))
 def test_intervals_cover_about_as_often_as_they_claim(seeds):
     """Bivariate normals, of settings with correlation 0.6 and of seeds with 0.3: tau is 2/pi arcsin of the correlation."""
-    rng, repeats, everything = np.random.default_rng(0), 400, "tau_same_" + "_".join(AXES)
-    table, noise = noisy(seeds), seeds > 1  # the variance of seeds, that of settings being 1
-
-    def true(of_both, variance):
-        return 2 / math.pi * math.asin(of_both / variance)
-
-    expected = {"tau_same_model": true(0.6 + 0.3 * noise, 1 + noise)}
-    if seeds > 1:
-        expected |= {everything: true(0.3, 1), "other": true(1, 2), "means": true(0.6 + 0.3 / seeds, 1 + 1 / seeds)}
-    else:
-        expected |= dict.fromkeys(("tau", "Psi"), expected["tau_same_model"])
-    covered = dict.fromkeys(expected, 0)
-    settings, own = ([[1, rho], [rho, 1]] for rho in (0.6, 0.3))
+    rng, repeats, table = np.random.default_rng(0), 400, noisy(seeds)
+    noise = seeds > 1  # the variance of seeds, that of settings being 1
+    of_settings, of_seeds = ([[1, rho], [rho, 1]] for rho in (0.6, 0.3))
+    true = 2 / math.pi * math.asin((0.6 + 0.3 * noise) / (1 + noise))
+    # A resample loses groups of Psi's pairs; eight settings a type are few.
+    ranges = {"tau_same_model": (0.85, 0.98)} | ({} if noise else {"tau": (0.91, 0.98), "Psi": (0.93, 1.0)})
+    covered = dict.fromkeys(ranges, 0)
     for _ in range(repeats):
-        values = np.repeat(rng.multivariate_normal([0, 0], settings, len(table) // seeds), seeds, axis=0)
-        values = values + noise * rng.multivariate_normal([0, 0], own, len(table))
+        values = np.repeat(rng.multivariate_normal([0, 0], of_settings, len(table) // seeds), seeds, axis=0)
+        values = values + noise * rng.multivariate_normal([0, 0], of_seeds, len(table))
         for row, (x, y) in zip(table, values):
             row |= {"gap": x, "a": y}
-        options = dict(same=[("model",), tuple(AXES)], resamples=1000)
-        row, *other = correlate(table, AXES, "gap", ["a"], **options)
-        found = {name: (row, name) for name in expected if name in row}
-        if other:
-            found["other"] = other[0], "tau_same_model"
-            found["means"] = correlate(table, AXES, "gap", ["a"], means=True, **options)[0], "tau_same_model"
-        for name, (row, column) in found.items():
-            covered[name] += row[f"{column}_low"] <= expected[name] <= row[f"{column}_high"]
-    for name, count in covered.items():
-        # A resample loses groups of Psi's pairs; eight settings a type are few.
-        low = {"tau": 0.91, "Psi": 0.93}.get(name, 0.85)
-        assert low <= count / repeats <= (1.0 if name == "Psi" else 0.98), covered
+        row = one(table, resamples=1000)
+        for name in covered:
+            covered[name] += row[f"{name}_low"] <= true <= row[f"{name}_high"]
+    for name, (low, high) in ranges.items():
+        assert low <= covered[name] / repeats <= high, covered
