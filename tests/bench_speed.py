@@ -31,7 +31,8 @@ from crate.data import load_data  # noqa: E402
 from crate.kernels import self_attention, subspace_gradient  # noqa: E402
 from crate.model import build_model  # noqa: E402
 from crate.rates import coding_rate, merge_heads, split_heads  # noqa: E402
-from crate.srr import record, srr  # noqa: E402
+from crate.runs import DEFAULTS  # noqa: E402
+from crate.training import step_of  # noqa: E402
 from tests import reference  # noqa: E402
 
 PATCH, CHANNELS, CLASSES, HEADS, ETA = 4, 3, 10, 6, 1e-3
@@ -63,19 +64,9 @@ def random_batch(size, tokens=65):
 
 def our_step(model, batch, layers=()):
     """A training step of ours as a function, with SRR on `layers` (Eq. 14)."""
-    optimizer, (images, labels) = torch.optim.AdamW(model.parameters(), fused=True), batch
-    regularised = [model.layers[l] for l in layers]
-
-    def step():
-        optimizer.zero_grad()
-        with record(regularised) as (inputs, _):
-            loss = F.cross_entropy(model(images), labels)
-        for layer, Z in zip(regularised, inputs):
-            loss = loss + ETA / len(layers) * srr(layer(Z.detach()), layer.mssa.U.weight.mT, HEADS).mean()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler("cpu", enabled=False)
+    step = step_of(DEFAULTS | {"amp": "off", "graph": False, "srr_reg": ETA}, model, optimizer, scaler)
+    return lambda: step(*batch, 1.0, layers)
 
 
 def textbook_step(model, batch):

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from crate.model import VARIANTS
 from crate.runs import DEFAULTS, load_run, read_log, resolve, run_name, srr_layers
 from tests.conftest import assert_refused
 from tests.processes import ROOT, SMALL, outcome
-from tests.test_data import write_classes, write_picture
+from tests.test_data import write_classes
 
 TINY = ("train", *SMALL, "--epochs", 1, "--log-srr-every", 0)
 
@@ -135,30 +134,20 @@ def test_images(script, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for same in ("./photos/", tmp_path / "photos", "~/photos"):
         assert "1 finished" in script(*command, same)[1]
+    Path("elsewhere").mkdir()
+    Path("photos").rename(moved := Path("elsewhere/photos"))
+    measure = ("measure", "runs", "--out", "m.csv", "--dataset", moved, "--groups")
+    assert "1 finished" in script(*command, moved)[1] and script(*measure, "norms")[0] == 0
     (folder,) = Path("runs").iterdir()
-    write_picture(Path("photos/train/a/1.png"), (8, 8), number=99)  # for number 13
     finished = contents(folder)
-
-    def refused():
-        load_data.cache_clear()
-        decode.cache_clear()
-        assert_refused(script(*command, "photos"), "config.json", "not the run's (6 + 4", "--dataset", "--again")
-
-    measure = ("measure", "runs", "--groups", "norms", "--out", "m.csv")
-    refused()
-    code, _, error = script(*measure)
-    assert code == 2 and "its images (6 + 4 images, " in error and "are not the run's" in error
+    (moved / "train/a/1.png").unlink()
+    load_data.cache_clear(), decode.cache_clear()
+    assert_refused(script(*command, moved), "config.json", "not the run's (6 + 4", "--dataset", "--again")
+    code, _, error = script(*measure, "srr")
+    assert code == 2 and "its images (5 + 4 images, " in error and "are not the run's" in error
     assert contents(folder) == finished
-    write_picture(Path("photos/train/a/1.png"), (8, 8), number=13)
-    Path("photos").rename("moved")
-    assert script(*measure, "--dataset", "moved")[0] == 0
-    shutil.copytree("moved", "photos")
-    Path("photos/train/a/1.png").unlink()
-    (folder / "result.json").unlink()
-    refused()
-    code, out, _ = script(*command, "photos", "--again")
-    assert code == 0 and "2 epochs" in out
-    assert "0 measured already" in script(*measure, "--dataset", "photos")[1]
+    code, out, _ = script(*command, moved, "--again")
+    assert code == 0 and "2 epochs" in out and "0 measured already" in script(*measure, "norms")[1]
     assert json.loads((folder / "config.json").read_text())["data"].startswith("5 + 4 images")
 
 
@@ -276,17 +265,15 @@ def test_several_processes(script, tmp_path):
     assert len(outcome(tmp_path)) == 3 and (broken / "error.txt").exists()
 
 
-@pytest.mark.parametrize("wanted, jobs, threads", [(16, 1, 6), (16, 2, 3), (1, 2, 1), (16, 7, 1)])
-def test_threads(monkeypatch, wanted, jobs, threads):
+def test_threads(monkeypatch):
     """Together no more than the cores, whatever OMP_NUM_THREADS says; of fewer, so many."""
-    chosen = []
     monkeypatch.setattr(cli, "cores", lambda: 6)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[0] if chosen else wanted)
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr(cli.multiprocessing, "get_context", lambda _: Mock(Process=lambda **_: Mock(exitcode=0)))
-    monkeypatch.setenv("OMP_NUM_THREADS", str(wanted))
-    assert cli.in_processes(jobs, lambda job: job) == 0
-    assert chosen == [threads] and os.environ["OMP_NUM_THREADS"] == str(threads)
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    for wanted, jobs, threads in ((16, 1, 6), (16, 2, 3), (1, 2, 1), (16, 7, 1)):
+        torch.set_num_threads(wanted)
+        assert cli.in_processes(jobs, lambda job: torch.get_num_threads()) == threads
+        assert os.environ["OMP_NUM_THREADS"] == str(threads)
 
 
 def test_cores_are_those_that_the_process_may_use():

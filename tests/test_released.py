@@ -19,22 +19,16 @@ from tests.test_data import write_classes
 def released_state(*, channels=3, patch=4, grid=2, width=12, depth=2, classes=5):
     """A random state_dict in the released names, of (grid patch) x (grid patch) images."""
 
-    def weight(*shape):
-        return torch.randn(shape) / shape[-1] ** 0.5 + (len(shape) == 1)  # a LayerNorm's are near 1
-
-    def affine(name, *shape):
-        return {f"{name}.weight": weight(*shape), f"{name}.bias": 0.1 * torch.randn(shape[0])}
-
-    patch_dim = patch**2 * channels
-    state = {"pos_embedding": torch.randn(1, grid**2 + 1, width), "cls_token": torch.randn(1, 1, width)}
-    state |= affine("to_patch_embedding.1", patch_dim) | affine("to_patch_embedding.2", width, patch_dim)
-    state |= affine("to_patch_embedding.3", width)
-    for i in range(depth):
-        name = f"transformer.layers.{i}"
-        state |= affine(f"{name}.0.norm", width) | affine(f"{name}.0.fn.to_out.0", width, width)
-        state |= affine(f"{name}.1.norm", width)
-        state |= {f"{name}.0.fn.qkv.weight": weight(width, width), f"{name}.1.fn.weight": weight(width, width)}
-    return state | affine("mlp_head.0", width) | affine("mlp_head.1", classes, width)
+    shapes = {"pos_embedding": (1, grid**2 + 1, width), "cls_token": (1, 1, width)}
+    affine = {"to_patch_embedding.1": (patch**2 * channels,), "to_patch_embedding.2": (width, patch**2 * channels)}
+    affine |= {"to_patch_embedding.3": (width,), "mlp_head.0": (width,), "mlp_head.1": (classes, width)}
+    for layer in (f"transformer.layers.{i}" for i in range(depth)):
+        shapes |= {f"{layer}.0.fn.qkv.weight": (width, width), f"{layer}.1.fn.weight": (width, width)}
+        affine |= {f"{layer}.0.norm": (width,), f"{layer}.0.fn.to_out.0": (width, width), f"{layer}.1.norm": (width,)}
+    for name, shape in affine.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    norms = [f"{name}.weight" for name, shape in affine.items() if len(shape) == 1]  # near 1
+    return {name: torch.randn(shape) / shape[-1] ** 0.5 + (name in norms) for name, shape in shapes.items()}
 
 
 SIZES = [dict(channels=3, patch=4, grid=2), dict(channels=1, patch=6, grid=1), dict(channels=3, patch=2, grid=4, depth=12)]

@@ -128,19 +128,24 @@ def test_a_gpu_gives_what_the_cpu_gives(tmp_path, monkeypatch):
 
 
 def test_log_result_and_files(tmp_path):
-    result = train(config(srr_reg=1e-3, dropout=0.1, log_srr_every=2), tmp_path, False)
-    rows = read_log(tmp_path)
-    assert [(row["epoch"], row["step"]) for row in rows] == [(0, 0), (1, 3), (2, 6), (3, 9)]
-    assert [len(row.get("srr", [])) for row in rows] == [3, 0, 3, 3] and rows[-1]["srr_val"] != rows[-1]["srr"]
+    flags = dict(srr_reg=1e-3, dropout=0.1, log_srr_every=2)
+    result, rows = train(config(epochs=5, validate_every=2, **flags), tmp_path, False), read_log(tmp_path)
+    assert [(row["epoch"], row["step"]) for row in rows] == [(0, 0), (1, 3), (2, 6), (3, 9), (4, 12), (5, 15)]
+    assert [len(row.get("srr", [])) for row in rows] == [3, 0, 3, 0, 3, 3] and rows[-1]["srr_val"] != rows[-1]["srr"]
+    assert [row["epoch"] for row in rows if "val_loss" in row] == [0, 2, 4, 5]
     assert result["gap"] == result["val_loss"] - result["train_loss"] and result["reached_target"] is None
     assert result["gap_accuracy"] == result["train_accuracy"] - result["val_accuracy"]
     weights_alone = {"config", "model", "epoch", "step", "loss_bound", "rows"}
     assert load_checkpoint(tmp_path / "last.pt").keys() == weights_alone
     one, _, trained, initial = load_run(tmp_path)
     data = data_of(one)
-    for model, row in ((trained, rows[3]), (trained, result), (initial, rows[0])):
+    for model, row in ((trained, rows[5]), (trained, result), (initial, rows[0])):
         loss = F.cross_entropy(model(data.prepare(data.val_images)), data.val_labels).item()
         assert row["val_loss"] == pytest.approx(loss, rel=1e-5)
+    for seed in (0, 1):
+        train(config(epochs=0, seed=seed, **flags), tmp_path / str(seed), False)
+        (row,) = read_log(tmp_path / str(seed))
+        assert (row["val_loss"] == rows[0]["val_loss"]) == (seed == 0)
 
 
 def test_means_of_an_epoch_weigh_every_image_alike(tmp_path):
@@ -150,18 +155,6 @@ def test_means_of_an_epoch_weigh_every_image_alike(tmp_path):
     assert row["train_loss"] == pytest.approx(result["train_loss"], rel=1e-5)
     assert row["train_accuracy"] == pytest.approx(result["train_accuracy"])
     assert row["train_srr"] == pytest.approx(row["srr"][-1]["srr"], rel=1e-5)
-
-
-def test_validate_every_no_epochs_and_seeds(tmp_path):
-    for name, flags in {
-        "five": dict(epochs=5, validate_every=2),
-        "none": dict(epochs=0),
-        "other": dict(epochs=0, seed=1),
-    }.items():
-        train(config(**flags), tmp_path / name, False)
-    five, none, other = ([row for row in read_log(tmp_path / name) if "val_loss" in row] for name in ("five", "none", "other"))
-    assert [row["epoch"] for row in five] == [0, 2, 4, 5]
-    assert five[0]["val_loss"] == none[0]["val_loss"] != other[0]["val_loss"] and len(none) == 1
 
 
 def test_stops_at_the_loss(tmp_path):
