@@ -44,16 +44,7 @@ def test_digits_are_balanced_and_disjoint():
     assert data.checksum == "500 + 1297 images, 71f7d64d7703"  # those of the published results
 
 
-def test_prepare_standardises_and_resizes():
-    data = load_data("digits", train_subset=300)
-    pixels = data.train_images.numpy() / 255
-    np.testing.assert_allclose(data.prepare(data.train_images), (pixels - pixels.mean()) / pixels.std(ddof=1), atol=1e-5)
-    large = load_data("digits", train_subset=300, image_size=12)
-    assert large.image_size == 12 and large.prepare(large.val_images[:3]).shape == (3, 1, 12, 12)
-    assert large.prepare(large.val_images[:3]).dtype == torch.float32 and large.val_images.shape[-1] == 8
-
-
-def test_train_subset_and_hold_out():
+def test_train_subset_hold_out_and_image_size():
     a, more, held = (load_data("digits", train_subset=n, hold_out=h) for n, h in ((200, 0), (260, 0), (200, 0.25)))
     assert torch.equal(a.train_images, more.train_images[:200]) and len(a.val_labels) == 1297
     assert (len(held.train_labels), len(held.val_labels)) == (150, 50)
@@ -62,6 +53,9 @@ def test_train_subset_and_hold_out():
     assert held.prepare(held.train_images).mean().abs() < 1e-5  # by the images that are left
     config = dict(dataset="digits", data_dir="data", image_size=None, train_subset=200, hold_out=0.25, lr=1)
     assert torch.equal(data_of(config).val_images, held.val_images)
+    large = load_data("digits", image_size=12)
+    assert large.image_size == 12 and large.prepare(large.val_images[:3]).shape == (3, 1, 12, 12)
+    assert large.prepare(large.val_images[:3]).dtype == torch.float32 and large.val_images.shape[-1] == 8
     assert "--train-subset 2000: digits has 500" in refused("digits", train_subset=2000)
     assert "--hold-out 0.001: leaves 0" in refused("digits", hold_out=0.001)
     assert "digits, cifar10" in refused("mnist") and "FOLDER/train/CLASS" in refused("mnist")

@@ -303,12 +303,9 @@ def test_progress_off_a_terminal(script, tmp_path, monkeypatch):
     [
         ("--hold-out 0.001", "--hold-out 0.001; leaves 0 of 250"),
         ("--dataset mnist", "--dataset mnist; digits"),
-        ("--model resnet", "--model; crate-c"),
         ("--width 97", "width 97; heads 3; --width; --heads"),
         ("--patch-size 3", "image size 8; patch size 3; --image-size"),
-        ("--seed mine", "--seed; mine"),
         ("--srr-layer first", "--srr-layer first; last, all, random"),
-        ("--lr 0", "--lr"),
         ("--lr 1e-3 1.0000001e-3", "crate-c_d12; too close"),
         ("--device warp", "--device warp; cpu"),
         ("--device cuda", "--device cuda: can't be used here (; cpu"),  # and torch's reason

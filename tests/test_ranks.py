@@ -164,14 +164,6 @@ def test_the_gap_of_another_seed():
     assert row["models"] == sum(len(of_setting) for of_setting in seeds.values() if len(of_setting) > 1)
 
 
-def test_means_over_seeds_are_a_table_of_settings():
-    table = noisy(3, holes=9)
-    means = pd.DataFrame(table).astype({"a": float}).replace(math.inf, math.nan).groupby([*AXES], as_index=False).mean()
-    (plain,), (row, other) = (correlate(rows, AXES, "gap", ["a"], means=rows is table, resamples=9) for rows in (means, table))
-    plain |= {key: row[key] for key in row if key.endswith(("_low", "_high"))}  # settings are drawn in another order
-    assert row == pytest.approx(plain, abs=1e-12) and other["pairs"] == math.comb(int(other["models"]), 2)
-
-
 def test_srr_against_its_rivals():
     """srr ranks like the gap, `near` has two neighbours the wrong way round; parts of SRR and baselines are no rivals."""
     names = ["srr", "srr_rate", "baseline_x", "params", "near", "params_far"]

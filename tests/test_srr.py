@@ -99,7 +99,8 @@ def test_what_record_refuses():
         one(one(Z))
     with pytest.raises(ValueError, match=r"layers\[1\] \(Residual\) is .* listed twice"), record([one, one]):
         one(Z)
-    reason = r"layers\[3\] \(Identity\) takes a dict, .* returns a dict, layers\[0\] \(Residual\) wasn't called, layers\[2\]"
+    reason = r"layers\[3\] \(Identity\) takes a dict, .* returns a dict, layers\[0\] \(Residual\) wasn't called, layers\[2\] .*"
+    reason += r"compiled before"
     with pytest.raises(ValueError, match=reason), record([one, other, nn.Identity(), same := nn.Identity()]):
         same({"tokens": other(Z)})
     assert torch.equal(one(one(Z)), one(one(Z)))  # the hooks are gone
@@ -111,11 +112,6 @@ def test_record_says_what_hides_tensors():
     with pytest.raises(ValueError, match="takes a nested tensor, .*set_fastpath_enabled"), torch.no_grad():
         with record(encoder.layers):
             encoder(torch.randn(2, 5, 4), src_key_padding_mask=mask)
-    network, Z = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 5, 4)
-    compiled = torch.compile(network, backend="eager")
-    compiled(Z)
-    with pytest.raises(ValueError, match=r"\(Linear\) wasn't called\. .* compiled before"), record(network):
-        compiled(Z)
 
 
 @pytest.mark.parametrize("function", [srr, parts])
