@@ -23,16 +23,6 @@ def factors(shape, p):
     return dropout_factors(torch.empty(shape, dtype=torch.float64), p)
 
 
-def reseeded(function, seed=5):
-    """`function`, with the same dropout masks at every call."""
-
-    def call(*arguments):
-        torch.manual_seed(seed)
-        return function(*arguments)
-
-    return call
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(F64, 1e-10), (F32, 1e-4)])
 @pytest.mark.parametrize("N", [1, TOKENS, LARGE, LARGE + 1])  # both sides of the switch to the fused kernel
 @pytest.mark.parametrize("scale", [1.0, 0.5])

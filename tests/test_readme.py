@@ -27,15 +27,10 @@ def test_snippets_print_what_stands_below_them(code, printed):
     assert actual == pytest.approx(expected, rel=2e-3)  # numbers may round otherwise on another machine
 
 
-def rows(heading):
-    """The cells of the first table below a heading."""
-    table = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    lines = [line for line in table.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-
-
 def test_equation_map():
-    table = rows("The code beside the paper")
+    section = README.split("\n## The code beside the paper\n")[1].split("\n## ")[0]
+    lines = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    table = [[cell.strip() for cell in line] for line in lines[2:]]
     for paper, where, what in table:
         module = importlib.import_module(where.strip("`").removesuffix(".py").replace("/", "."))
         for name in re.findall(r"`(\w+)`", what):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas as pd
-import pytest
 from scipy import stats
 
 from crate import figures
@@ -34,12 +33,6 @@ def test_the_report_says_what_the_runs_say(script, tmp_path):
     assert "left out: " in empty and "_s0/result.json" in empty and "_s1: Unterminated" in torn
     table, layers, operators = (pd.read_csv(runs / f"results/{name}.csv") for name in ("runs", "layers", "operators"))
     assert len(table) == 12 + 6 + 9 and "grid" not in set(table["experiment"])
-    for row in table.to_dict("records"):
-        folder = runs / row["experiment"] / row["run"]
-        (config, result), log = read_run(folder), read_log(folder)
-        assert (row["epochs"], row["max_epochs"]) == (result["epochs"], config["epochs"])
-        assert row["gap"] == pytest.approx(result["gap"]) and row["lr"] == config["lr"]
-        assert row["srr"] == pytest.approx(np.mean([parts["srr"] for parts in log[-1]["srr"]]))  # Eq. 11
     # 6 trained runs without SRR in the loss, 6 at initialisation; epochs 0, 2, 3; two layers; for operators, four points.
     assert len(layers) == 2 * 2 * (6 * 3 + 6) and len(operators) == 2 * 4 * (6 * 2 + 6)
 
