@@ -61,21 +61,6 @@ def find(rows, *words):
     return row["verdict"], row["numbers"]
 
 
-def test_layers_at_initialisation():
-    rows = [
-        (seed, layer, value + seed * (layer == 3) / 10)
-        for seed in range(3) for values in ([9, 7, 5, 8], [11, 9, 4, 10]) for layer, value in enumerate(values, 1)
-    ]  # fmt: skip
-    layers = pd.DataFrame(rows, columns=["seed", "layer", "srr"]).assign(of="d = 12", width=12, model="crate")
-    layers = layers.assign(rate_subspaces=-layers["srr"] / 2, rate=1.0)
-    layers = pd.concat([layers, layers.assign(of="d = 24", width=24), layers.assign(model="crate-e", srr=0)])
-    result = claims.initial_claims(layers)  # about the smallest width's main types
-    (falls, fall), (rises, rise) = find(result, "first three quarters"), find(result, "last quarter")
-    assert falls == rises == "holds" and fall.startswith("d = 12 -5.4 [") and rise.startswith("d = 12 +4.4 [")
-    verdict, numbers = find(result, "without its sparsity")
-    assert verdict == "contradicted" and numbers.startswith("d = 12 +2.7 [")
-
-
 def test_training_raises_srr_is_decided_by_the_worst_step():
     generator = np.random.default_rng(3)
     layers = pd.MultiIndex.from_product([range(12), [1, 2, 3], [0, 1, 2]], names=["seed", "layer", "epoch"])

@@ -96,8 +96,6 @@ def test_pictures_of_several_kinds_and_sizes(tmp_path):
     files = [Image.open(tmp_path / f"train/a/{name}.png") for name in "012x"]
     found = (data := load_data(tmp_path)).train_images[data.train_labels == 0].permute(0, 2, 3, 1)
     assert np.array_equal(found, np.stack([np.asarray(file.convert("RGB")) for file in files]))
-    write_picture(tmp_path / "train/b/0.png", size=(9, 9))
-    assert "not of one square size" in (message := refused(tmp_path)) and "--image-size" in message
     write_picture(tmp_path / "train/a/0.png", size=(12, 8))
     load_data.cache_clear(), decode.cache_clear()
     data = load_data(tmp_path, image_size=5)
@@ -110,6 +108,7 @@ DAMAGE = [  # what is done to a folder, and what the message says
     (lambda f: (f / "test/a/x.jpg").write_text("hello"), "/test/a/x.jpg: can't be read"),
     (lambda f: (f / "train/b/1.jpg").write_bytes(b"\xff\xd8\xff"), "/train/b/1.jpg: can't be read ("),
     (lambda f: (f / "test").rename(f / "dev"), "/test: No such file or directory; expected FOLDER/train/CLASS"),
+    (lambda f: write_picture(f / "train/b/0.jpg", size=(6, 6)), "not of one square size; give --image-size"),
     (lambda f: (f / "train/b/notes.txt").write_text("hello"), "/train/b/notes.txt: can't be read"),
     (lambda f: Image.new("I;16", (9, 9)).save(f / "train/a/deep.png"), "/train/a/deep.png: can't be read (more than 8 bits"),
 ]  # fmt: skip

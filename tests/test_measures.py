@@ -55,7 +55,7 @@ def small_model(name="crate-c", seed=0, depth=2):
 def trained(tmp_path_factory):
     """A model that classifies most of the 300 training images, at initialisation and afterwards."""
     folder = tmp_path_factory.mktemp("run")
-    train(config(model="crate", depth=2, train_subset=300, hold_out=0.0, epochs=40), folder, show_progress=False)
+    train(config(model="crate", depth=2, dropout=0.02, train_subset=300, hold_out=0.0, epochs=80), folder, show_progress=False)
     _, _, model, initial = load_run(folder)
     return initial, model
 
@@ -219,3 +219,5 @@ def test_measuring_changes_nothing_and_depends_on_nothing_else(trained, data, ex
     assert measures.measure(model, initial, data, measures.GROUPS, images=40) == first
     everything = measures.measure(model, initial, data, ["pac-bayes"], images=10_000)
     assert everything["details"]["sigma"] == measures.noise_scale(model, *examples)[0] != first["details"]["sigma"]
+    model.layers[1].ista.D.data.fill_(1e30)  # D^T D overflows float32
+    assert "layer 2: " in measures.measure(model, None, data, ["srr"])["failed"]["srr"] and state()[0] == before[0]

@@ -216,26 +216,3 @@ def test_constant_and_missing_measures():
     constant, none, srr, a = correlate(table, AXES, "gap", ["constant", "none", "srr", "a"], resamples=100)
     assert constant["tau"] == constant["tau_low"] == constant["Psi"] == 0 and constant["models"] == a["models"] == 31
     assert none["models"] == none["pairs"] == 0 and math.isnan(none["tau"]) and math.isnan(srr["lead"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", (1, 3))
-def test_intervals_cover_about_as_often_as_they_claim(seeds):
-    """Bivariate normals, of settings with correlation 0.6 and of seeds with 0.3: tau is 2/pi arcsin of the correlation."""
-    rng, repeats, table = np.random.default_rng(0), 400, noisy(seeds)
-    noise = seeds > 1  # the variance of seeds, that of settings being 1
-    of_settings, of_seeds = ([[1, rho], [rho, 1]] for rho in (0.6, 0.3))
-    true = 2 / math.pi * math.asin((0.6 + 0.3 * noise) / (1 + noise))
-    # A resample loses groups of Psi's pairs; eight settings a type are few.
-    ranges = {"tau_same_model": (0.85, 0.98)} | ({} if noise else {"tau": (0.91, 0.98), "Psi": (0.93, 1.0)})
-    covered = dict.fromkeys(ranges, 0)
-    for _ in range(repeats):
-        values = np.repeat(rng.multivariate_normal([0, 0], of_settings, len(table) // seeds), seeds, axis=0)
-        values = values + noise * rng.multivariate_normal([0, 0], of_seeds, len(table))
-        for row, (x, y) in zip(table, values):
-            row |= {"gap": x, "a": y}
-        row = one(table, resamples=1000)
-        for name in covered:
-            covered[name] += row[f"{name}_low"] <= true <= row[f"{name}_high"]
-    for name, (low, high) in ranges.items():
-        assert low <= covered[name] / repeats <= high, covered

@@ -140,19 +140,6 @@ def test_log_approximations():
     assert_close(term, second - first, 1e-12)
 
 
-@pytest.mark.parametrize("N, p", [(5, 3), (3, 5), (1, 1), (1, 4), (7, 1)])
-@pytest.mark.parametrize("rate", [coding_rate, subspace_gradient])
-def test_first_and_second_derivatives(rate, N, p):
-    V = tokens_of((2, N, p))
-    assert torch.autograd.gradcheck(lambda V: rate(V, 0.7), V) and torch.autograd.gradgradcheck(lambda V: rate(V, 0.7), V)
-    products = []
-    for Z in (V, V.detach().float().requires_grad_()):
-        (gradient,) = torch.autograd.grad(rate(Z, 0.7).square().sum(), Z, create_graph=True)
-        products += torch.autograd.grad(gradient.square().sum(), Z)
-    assert products[1].dtype == torch.float32
-    assert_close(products[1], products[0], 1e-4)
-
-
 @pytest.mark.parametrize("function", [rates.subspaces, subspace_coding_rate, exact_gradient, expansion_gradient, taylor_bound])
 def test_shapes_that_do_not_fit(function):
     Z, U = torch.randn(2, 16, 12), torch.randn(12, 12)
