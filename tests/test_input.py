@@ -188,8 +188,10 @@ def test_drawn_settings_are_those_of_the_published_tables_with_each_seed(seeds):
     assert (same["lr"], same["dropout"]) == (0.0012345, 0.012345)  # between one value and itself
 
 
-def test_status(script, tmp_path):
-    assert script(*TINY, "--seed", *range(6), "--out", tmp_path)[0] == 0
+def test_status_and_several_processes(script, tmp_path):
+    """They share the runs; one that fails is an exit code."""
+    sweep = (*TINY, "--seed", *range(6), "--out", tmp_path, "--jobs", 2)
+    assert script(*sweep)[0] == 0
     folders = sorted(tmp_path.iterdir())
     for i in (1, 2, 3, 5):
         (folders[i] / "result.json").unlink()
@@ -205,6 +207,9 @@ def test_status(script, tmp_path):
     for line, remark in zip(lines[2:], ["the dog ate it", "", "result.json", "Unterminated"]):
         assert remark in line
     assert_refused(script("train", "--status", tmp_path / "none"), "no such folder")
+    assert script(*sweep)[0] == 2 and (folders[4] / "result.json").read_text() == "{"
+    (folders[4] / "result.json").unlink()
+    assert len(outcome(tmp_path)) == 5
 
 
 def test_a_run_that_fails_fails_alone(script, tmp_path, monkeypatch):
@@ -240,16 +245,6 @@ def test_a_run_that_fails_fails_alone(script, tmp_path, monkeypatch):
 
 
 # What surrounds the process
-
-
-def test_several_processes(script, tmp_path):
-    """They share the runs; one that fails is an exit code."""
-    assert script(*TINY, "--out", tmp_path)[0] == 0
-    (broken,) = tmp_path.iterdir()
-    (broken / "result.json").unlink()
-    (broken / "last.pt").write_text("")
-    assert script(*TINY, "--out", tmp_path, "--jobs", 2, "--seed", *range(4))[0] == 2
-    assert len(outcome(tmp_path)) == 3 and (broken / "error.txt").exists()
 
 
 def test_threads(monkeypatch):
