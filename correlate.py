@@ -16,7 +16,7 @@ import pandas as pd
 from crate import claims, figures, ranks
 from crate.claims import with_interval
 from crate.cli import InputError, Parser, markdown_table, number, path, run, write_bytes, write_text
-from crate.tables import numbers, read_cells, settings, shown
+from crate.tables import hyperparameter, numbers, read_cells, shown
 
 FILES = ["correlation.csv", "correlation.md", "forest.png", "scatter.png", "srr.png"]
 PAGE = """
@@ -59,7 +59,7 @@ def read_table(arguments):
                 raise InputError(f"{flag} {name}: no such column; the table has {', '.join(cells)}")
             if name in arguments.gap and flag != "--gap":
                 raise InputError(f"--gap {name}: it is also in {flag}; it can't be both")
-    table = {name: settings(cells[name]) for name in dict.fromkeys([*arguments.axes, *known["--same"]])}
+    table = {name: hyperparameter(cells[name]) for name in dict.fromkeys([*arguments.axes, *known["--same"]])}
     ours = [*table, *arguments.gap, "seed", "run", "reached_target"]
     right = [name for name in cells.loc[:, arguments.gap[0] :] if not name.startswith("gap") and name not in ours]
     found = {name: numbers(cells[name], "--measures" if arguments.measures else None) for name in arguments.measures or right}

@@ -25,7 +25,7 @@ from crate import runs
 from crate.cli import InputError, Parser, in_processes, number, one_line, path, run
 from crate.data import DATASETS, dataset
 from crate.model import VARIANTS
-from crate.training import ranks, train
+from crate.training import rank_and_world, train
 
 
 def parse_arguments():
@@ -123,7 +123,7 @@ def describe(folder, config, result, choice):
 
 def train_all(job, configs, out, again, show_progress, gpus):
     """Train the runs that nobody else works on, the largest first; job k on GPU k. Returns the exit code."""
-    code, rank = 0, ranks()[0]
+    code, rank = 0, rank_and_world()[0]
     choice = next((config["srr_layer"] for config in configs.values() if config["srr_reg"]), "last")
     device = runs.resolve_device(f"cuda:{job % gpus}") if gpus else None
     names = sorted(configs, key=lambda name: -configs[name]["parameters"] / configs[name]["batch_size"])
@@ -156,7 +156,8 @@ def main():
         if device == "auto" and torch.cuda.is_available():
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    device, preset, amp, (rank, world) = runs.resolve_device(device), arguments["preset"], arguments["amp"] or "auto", ranks()
+    device, preset, amp = runs.resolve_device(device), arguments["preset"], arguments["amp"] or "auto"
+    rank, world = rank_and_world()
     if preset == "auto":
         preset = "paper" if device.type == "cuda" else "laptop"
     if amp == "auto":

@@ -22,7 +22,7 @@ RULE = """A claim is that all its numbers are positive, or negative. A number *h
 is *contradicted* where it is on the other, else *undecided*. Accuracy gains have *no effect* where all their 90 % intervals lie
 within 0.5 points (two one-sided tests). Intervals over seeds are t intervals, 95 % for a row (Bonferroni, over all steps where
 the worst is shown); of rank correlations 95 % each (bootstrap over models). Rows are not adjusted for each other: with nothing
-to find, about {chance:.1f} of {rows} would be decided by chance.
+to find, about {chance:.1f} of {rows} would be decided by chance, at least in part.
 """
 
 
@@ -84,7 +84,7 @@ def over_seeds(section, text, side, values, *, tests=None, margin=None):
     return rows
 
 
-def in_order(rows):
+def by_verdict(rows):
     """{heading: rows, disagreements first} of the paper's claims and of those beyond it; the heading counts verdicts."""
     parts = {}
     for what, beyond in ("The paper's", False), ("Beyond the paper,", True):

@@ -173,7 +173,7 @@ def forest(taus, path, *, label):
 
 
 def pushed(changes, path):
-    """The gap when SRR is pushed through the loss, in % of eta = 0: each type, and their mean (the results page).
+    """The gap when SRR is pushed through the loss, in % of eta = 0: each type, and their mean.
 
     changes: {title: (rows {model, srr_reg, seed, srr, gap}, % of gap per % of SRR where nobody pushed)}.
     """

@@ -229,7 +229,7 @@ def graphed(step):
             except RuntimeError as error:
                 torch.cuda.set_stream(outside)  # a capture that can't be ended stays on its own
                 capturing = False
-                warn(f"no CUDA graph, slower steps, as with --no-graph: {str(error.__context__ or error).splitlines()[0]}")
+                warn(f"no CUDA graph, steps are slower: {str(error.__context__ or error).splitlines()[0]}")
         if key in graphs:
             graph, inputs, result = graphs[key]
             for static, new in zip(inputs, (images, labels)):

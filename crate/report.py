@@ -26,7 +26,7 @@ from crate.model import VARIANTS
 from crate.runs import read_log, read_run
 
 RUN = ["experiment", "run"]
-PARTS = ["rate_subspaces", "rate_subspaces_equal_norm", "srr"]
+PARTS = ["rate_subspaces", "rate_subspaces_equal_norm", "rate", "srr"]
 WITHOUT_LAYERS = ("grid", "study", "one-lr", "table6", "intervention")  # the SRR of their single layers is shown nowhere
 SHOWN = 12  # single runs of an experiment that are drawn
 RANKS = """Kendall's tau with the gap: psi of pairs of models that differ in one hyperparameter alone, Psi their mean, tau of
@@ -145,7 +145,7 @@ def markdown(table):
     return markdown_table(table.columns, table.itertuples(index=False))
 
 
-def spread(values):
+def mean_and_deviation(values):
     """Mean and standard deviation of a Series with one value per seed, as text."""
     values = values.dropna().astype(float)
     return f"{values.mean():.2f} ± {values.std():.2f}".removesuffix(" ± nan") if len(values) else "-"
@@ -274,7 +274,7 @@ def regularisation_section(results, runs):
     ):
         if len(own):
             table = own.groupby(["of", *keys], sort=False)
-            table = table.agg(accuracy=("points", spread), difference=("gain", estimate), seeds=("seed", "size"))
+            table = table.agg(accuracy=("points", mean_and_deviation), difference=("gain", estimate), seeds=("seed", "size"))
             table = table if "srr_reg" in keys else table.drop(columns="difference")
             parts.append(f"**{title}, {about(own)}\n\n{markdown(table)}")
     for _, own in sixth.groupby(["of", "model", "srr_reg"]):
@@ -309,15 +309,17 @@ def intervention_section(results, runs):
 def claims_section(runs, found):
     """The claims and their verdicts, and who is in none."""
     others = in_order(runs.loc[~runs["model"].isin(claims.TYPES), "model"])
-    text = f"In tables and figures, but in no claim: {', '.join(others)}.\n" if others else ""
-    parts = [claims.RULE.format(chance=0.05 * len(found), rows=len(found)) + text]
-    for heading, rows in claims.in_order(found).items():
+    text = f"Of all claims in those of rank correlations alone: {', '.join(others)}.\n" if others else ""
+    numbers = [row["numbers"].count(";") + 1 if row["n"].endswith("models") else 1 for row in found]  # each, or all, at 95 %
+    rule = claims.RULE.format(chance=sum(1 - 0.95**count for count in numbers), rows=len(found))
+    parts = []
+    for heading, rows in claims.by_verdict(found).items():
         lines = [
             [f"**{row['verdict']}**", f"{row['claim'].removeprefix(claims.BEYOND)} ({row['section']})",
              f"{row['numbers']} ({row['n']})"] for row in rows
         ]  # fmt: skip
         parts += [f"**{heading}.**\n", markdown_table(["verdict", "claim (section)", "numbers"], lines)]
-    return section("The claims on these runs", *parts)
+    return section("The claims on these runs", *parts, rule + text)
 
 
 def provenance(runs):

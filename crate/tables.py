@@ -42,7 +42,7 @@ def numbers(cells, flag=None):
     return values if values.notna().any() or flag else None
 
 
-def settings(cells):
+def hyperparameter(cells):
     """A column of hyperparameters: numbers, equal within 1e-6, if all cells are; else text, in which None and NA are levels.
 
     Numbers among text become equal text. An empty cell is refused.
@@ -55,5 +55,5 @@ def settings(cells):
 
 
 def shown(level):
-    """A level of `settings` as text: 48, not 48.0."""
+    """A level as text: 48, not 48.0."""
     return f"{level:.12g}" if isinstance(level, float) else str(level)

@@ -32,7 +32,7 @@ SAY_EVERY = 10  # seconds between two lines of a run whose progress nobody sees 
 CURE = "try a smaller --lr or --amp off"
 
 
-def ranks():
+def rank_and_world():
     """This process' rank, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -43,7 +43,7 @@ def step_of(config, model, optimizer, scaler):
     step(images, labels, weight, regularised) takes the layers (0-based) whose SRR is in the loss, and this rank's weight in
     the batch. It returns cross-entropy, accuracy and SRR, (3,) float64 on the device, and waits for nothing.
     """
-    device, (_, world) = model.cls_token.device, ranks()
+    device, (_, world) = model.cls_token.device, rank_and_world()
     network = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     autocast = torch.autocast(device.type, AMP_DTYPES.get(config["amp"]), enabled=config["amp"] != "off")
     coefficients = {"sparsity": config["srr_lambda"], "gamma": config["srr_gamma"], "norm": config["srr_norm"]}
@@ -72,7 +72,7 @@ def step_of(config, model, optimizer, scaler):
 
 def fit(config, folder, data, model, optimizer, scaler, state, bar):
     """Train from `state` to the end, epoch by epoch. Raises InputError, naming epoch and step, where a number is not finite."""
-    (rank, world), size, target = ranks(), config["batch_size"], config["stop_at_loss"]
+    (rank, world), size, target = rank_and_world(), config["batch_size"], config["stop_at_loss"]
     steps, augment = math.ceil(len(data.train_labels) / size), config["augment"] == "basic"
     step = step_of(config, model, optimizer, scaler)
     saved_at = said_at = time.monotonic()
@@ -124,7 +124,7 @@ def draw_layers(config, epoch, steps):
     seeds = DROPOUT, config["seed"], epoch
     torch.manual_seed(mixed_seed(*seeds))
     layers = srr_layers(config["srr_layer"], config["depth"], steps) if config["srr_reg"] else [()] * steps
-    if rank := ranks()[0]:
+    if rank := rank_and_world()[0]:
         torch.manual_seed(mixed_seed(*seeds, rank))
     return layers
 
@@ -152,7 +152,7 @@ def reached_target(config, data, model, state, epoch_ends):
         if loss >= ceiling:
             loss.fill_(ceiling)
             break
-    if ranks()[1] > 1:
+    if rank_and_world()[1] > 1:
         dist.broadcast(loss, 0)
     model.train()
     state["loss_bound"] = loss.item()
@@ -161,10 +161,10 @@ def reached_target(config, data, model, state, epoch_ends):
 
 def means(results, config, data, state):
     """An epoch's means of what the steps returned, every image weighing alike: columns of its row."""
-    results, size, (_, world) = torch.stack(results), config["batch_size"], ranks()  # here the host waits for the device
+    results, size, (_, world) = torch.stack(results), config["batch_size"], rank_and_world()
     if world > 1:
         dist.all_reduce(results)
-    results = results.cpu().numpy() / world
+    results = results.cpu().numpy() / world  # here the host waits for the device
     for i in np.flatnonzero(~np.isfinite(results.sum(1)))[:1]:
         where = f"epoch {state['epoch']}, step {state['step'] - len(results) + i + 1}"
         raise InputError(f"{where}: the loss is {results[i, 0] + config['srr_reg'] * results[i, 2]}; {CURE}")
@@ -195,7 +195,7 @@ def log(row, config, folder, data, model, state, began):
             except ValueError as error:
                 tqdm.write(f"warning: {folder}: epoch {epoch}: {key} is null in the log: {error}", file=sys.stderr)
     state["rows"].append(row | {"seconds": round(time.perf_counter() - began, 3)})
-    if ranks()[0] == 0:
+    if rank_and_world()[0] == 0:
         with open(folder / "log.jsonl", "a") as stream:
             stream.write(json.dumps(state["rows"][-1]) + "\n")
 
@@ -205,7 +205,7 @@ def begin(config, folder):
 
     Adam; weight decay, if any, is decoupled (AdamW) and on matrices alone.
     """
-    device, last, (rank, _) = torch.device(config["device"]), folder / "last.pt", ranks()
+    device, last, (rank, _) = torch.device(config["device"]), folder / "last.pt", rank_and_world()
     torch.backends.cuda.enable_cudnn_sdp(False)  # its dropout is rounded to sixteenths in 16 bits (pytorch pull request 174245)
     data = data_of(config, device=device)
     torch.manual_seed(config["seed"])
@@ -247,7 +247,7 @@ def finish(config, folder, data, model, state):
     reached = None if config["stop_at_loss"] is None else state["loss_bound"] < config["stop_at_loss"]
     result = {"reached_target": reached, "epochs": state["epoch"], "steps": state["step"], **evaluate_both(model, data)}
     result["seconds"] = round(sum(row["seconds"] for row in state["rows"]), 3)
-    if ranks()[0] == 0:
+    if rank_and_world()[0] == 0:
         write_json(folder / "result.json", result)
     return result
 
@@ -258,7 +258,7 @@ def train(config, folder, show_progress=True, again=False):
 
     Raises Busy where another process has the folder. After any other error the last saved epoch stays, and error.txt says why.
     """
-    folder, (rank, world) = Path(folder), ranks()
+    folder, (rank, world) = Path(folder), rank_and_world()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) if rank == 0 else nullcontext():
         if rank == 0:

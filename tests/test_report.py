@@ -89,7 +89,7 @@ def test_an_invented_type_is_everywhere(script, monkeypatch, tmp_path):
     assert script("correlate", results / "measures.csv", *ranked)[0] == 0
     assert script("crate.report", runs, "--results", results)[0] == 0
     text = (results / "REPORT.md").read_text()
-    assert "In tables and figures, but in no claim: crate-half.\n" in text and "output matrix" in text
+    assert "Of all claims in those of rank correlations alone: crate-half.\n" in text and "output matrix" in text
     rows = "| d = 12 | crate-half |"  # of attention, two of Table 2 and one of Table 3; then the intervention's slopes
     assert text.count(rows) == 4 and "; crate-half +" in text
     assert ["crate-half" in set(rows["model"]) for rows in drawn] == [True]  # Fig. 2
@@ -100,6 +100,7 @@ def test_an_invented_type_is_everywhere(script, monkeypatch, tmp_path):
     assert script("crate.report", "--results", results)[0] == 0
     renamed = (results / "REPORT.md").read_text()
     assert renamed.startswith("# Report: my photographs\n") and renamed.count("crate-half") == text.count("crate-half")
+    assert script("crate.report", runs / "grid", "--results", tmp_path / "alone")[0] == 0  # no run with layer-wise SRR
 
 
 def test_what_is_refused(script, tmp_path):

@@ -30,8 +30,8 @@ def test_report_is_rebuilt_from_its_tables(script, tmp_path, folder):
     for target in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert 3000 < (folder / target).stat().st_size <= 200_000, target
     assert "Where the numbers come from" in text and not list(folder.rglob("*.pt"))
-    if (folder / "measures.csv").exists():
-        runs, measured = (set(pd.read_csv(folder / f"{name}.csv")["run"]) for name in ("runs", "measures"))
+    for measures in folder.glob("*measures.csv"):
+        runs, measured = (set(pd.read_csv(file)["run"]) for file in (folder / "runs.csv", measures))
         assert measured <= runs, "measures of runs that the report doesn't know"
     for name in ("REPORT.md", "claims.csv"):
         (results / name).unlink()
