@@ -216,3 +216,39 @@ def test_constant_and_missing_measures():
     constant, none, srr, a = correlate(table, AXES, "gap", ["constant", "none", "srr", "a"], resamples=100)
     assert constant["tau"] == constant["tau_low"] == constant["Psi"] == 0 and constant["models"] == a["models"] == 31
     assert none["models"] == none["pairs"] == 0 and math.isnan(none["tau"]) and math.isnan(srr["lead"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", (1, 3))
+def test_intervals_cover_about_as_often_as_they_claim(seeds):
+    """Bivariate normals, of settings with correlation 0.6 and of seeds with 0.3: tau is 2/pi arcsin of the correlation."""
+    rng, repeats, everything = np.random.default_rng(0), 400, "tau_same_" + "_".join(AXES)
+    table, noise = noisy(seeds), seeds > 1  # the variance of seeds, that of settings being 1
+
+    def true(of_both, variance):
+        return 2 / math.pi * math.asin(of_both / variance)
+
+    expected = {"tau_same_model": true(0.6 + 0.3 * noise, 1 + noise)}
+    if seeds > 1:
+        expected |= {everything: true(0.3, 1), "other": true(1, 2), "means": true(0.6 + 0.3 / seeds, 1 + 1 / seeds)}
+    else:
+        expected |= dict.fromkeys(("tau", "Psi"), expected["tau_same_model"])
+    covered = dict.fromkeys(expected, 0)
+    settings, own = ([[1, rho], [rho, 1]] for rho in (0.6, 0.3))
+    for _ in range(repeats):
+        values = np.repeat(rng.multivariate_normal([0, 0], settings, len(table) // seeds), seeds, axis=0)
+        values = values + noise * rng.multivariate_normal([0, 0], own, len(table))
+        for row, (x, y) in zip(table, values):
+            row |= {"gap": x, "a": y}
+        options = dict(same=[("model",), tuple(AXES)], resamples=1000)
+        row, *other = correlate(table, AXES, "gap", ["a"], **options)
+        found = {name: (row, name) for name in expected if name in row}
+        if other:
+            found["other"] = other[0], "tau_same_model"
+            found["means"] = correlate(table, AXES, "gap", ["a"], means=True, **options)[0], "tau_same_model"
+        for name, (row, column) in found.items():
+            covered[name] += row[f"{column}_low"] <= expected[name] <= row[f"{column}_high"]
+    for name, count in covered.items():
+        # A resample loses groups of Psi's pairs; eight settings a type are few.
+        low = {"tau": 0.91, "Psi": 0.93}.get(name, 0.85)
+        assert low <= count / repeats <= (1.0 if name == "Psi" else 0.98), covered
