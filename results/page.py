@@ -21,8 +21,8 @@ GAPS = {"gap": "gap", "gap_accuracy": "gap in accuracy"}
 PANELS = [("gap", "all pairs"), ("gap", "same type"), ("gap", "same type and learning rate"), ("gap in accuracy", "same type")]
 MEASURES = {
     "srr": "SRR", "srr_lambda_0": "R^c - R", "path_norm": "path-norm", "pacbayes_init": "PAC-Bayes, distance",
-    "pacbayes_flatness": "PAC-Bayes flatness", "baseline_lr": "learning rate", "baseline_steps": "steps",
-    "baseline_type": "mean of type",
+    "pacbayes_flatness": "PAC-Bayes flatness", "baseline_lr": "learning rate", "baseline_batch_size": "batch size",
+    "baseline_dropout": "dropout", "baseline_steps": "steps", "baseline_type": "mean of type",
 }  # fmt: skip
 LEADS, OTHER_SEED = (
     {"lead over mean of type": "mean of type", "lead over learning rate": "learning rate"},
@@ -30,7 +30,10 @@ LEADS, OTHER_SEED = (
 )
 BOTH = "both widths"  # the sets of one width again, in one
 AXES = ["model", "width", "batch_size", "lr", "dropout", "weight_decay"]
-PAIRS = {"all pairs": (), "same type": ("model",), "same type and learning rate": ("model", "lr"), "same setting": tuple(AXES)}
+PAIRS = {
+    "all pairs": (), "same type": ("model",), "same type and learning rate": ("model", "lr"),
+    "same type and batch size": ("model", "batch_size"), "same setting": tuple(AXES),
+}  # fmt: skip
 RUN = ["experiment", "run"]
 
 
@@ -84,7 +87,8 @@ def sets_of_models(results):
         table = results / folder / f"{file}.csv"
         parts = {f"d = {width}": own for width, own in pd.read_csv(table).groupby("width")} if table.exists() else {}
         for size, every in (parts | ({BOTH: pd.concat(parts.values())} if len(parts) > 1 else {})).items():
-            every = every.assign(baseline_lr=every["lr"]).reindex(columns=[*AXES, *GAPS, *MEASURES, "reached_target"])
+            every = every.assign(**{f"baseline_{axis}": every.get(axis) for axis in ("lr", "batch_size", "dropout")})
+            every = every.reindex(columns=[*AXES, *GAPS, *MEASURES, "reached_target"])
             name, models = f"{data}, {what}, {size}", every[every["reached_target"].eq(True)]
             models = models.assign(baseline_type=models.groupby("model")["srr"].transform("mean"))
             sets |= {name: models, f"{name}, means": models} if what == ONE_RATE else {name: models}
