@@ -182,7 +182,7 @@ def draw_taus(rows, file):
     for gap, pairs in PANELS:
         of_lines = [[taus.get((f"tau, {gap}, {pairs}", of, where)) for of in ("SRR", OTHER_SEED)] for where in lines]
         panels[f"{gap}:\n{pairs}"] = dict(zip(lines.values(), of_lines))
-    label = "Kendall's τ of SRR with the gap, 95 % intervals; in brackets the number of models"
+    label = "Kendall's τ of SRR with the gap, 95 % intervals; in brackets the number of models; CIFAR-10: a JPEG copy"
     several = any(own["of"] == OTHER_SEED for own in rows)
     agreement(panels, file, label=label + "; hollow: of the gap of another seed" * several)
 
