@@ -233,6 +233,7 @@ def accuracy_claims(points, gains):
     adds (Table 2), of index (srr_reg, seed, of, model).
     """
     gains, rows = gains[gains.index.isin(MAIN, level="model")].unstack(["srr_reg", "of", "model"]), []  # a row per seed
+    gains = gains.sort_index(axis=1, level="srr_reg", sort_remaining=False)
     best = gains.columns.get_level_values("srr_reg") == BEST_ETA
     for which, own in (f"eta = {BEST_ETA:g}", gains.loc[:, best]), ("any other eta", gains.loc[:, ~best]):
         own = {f"eta = {eta:g}, {of}: {model}": values for (eta, of, model), values in own.items()}

@@ -276,6 +276,7 @@ def regularisation_section(results, runs):
             table = own.groupby(["of", *keys], sort=False)
             table = table.agg(accuracy=("points", mean_and_deviation), difference=("gain", estimate), seeds=("seed", "size"))
             table = table if "srr_reg" in keys else table.drop(columns="difference")
+            table = table if own["of"].nunique() > 1 else table.droplevel("of")
             parts.append(f"**{title}, {about(own)}\n\n{markdown(table)}")
     for _, own in sixth.groupby(["of", "model", "srr_reg"]):
         found += claims.layer_choice_claims(own.set_index(["seed", "srr_layer"])["points"])

@@ -46,11 +46,11 @@ def test_the_report_says_what_the_runs_say(script, tmp_path):
     points = {(config["srr_reg"], config["seed"]): 100 * result["val_accuracy"] for config, result in found}
     plain, other = (np.array([points[eta, seed] for seed in range(3)]) for eta in (0.0, 0.1))
     first, second, *_ = cells("**Table 2.** SRR of the last layer in the loss, digits, d = 12")
-    assert first == ["d = 12", "crate-c", "0.0", f"{plain.mean():.2f} ± {plain.std(ddof=1):.2f}", "-", "3"]
+    assert first == ["crate-c", "0.0", f"{plain.mean():.2f} ± {plain.std(ddof=1):.2f}", "-", "3"]
     low, high = stats.ttest_1samp(other - plain, 0).confidence_interval()
     gain = f"{(other - plain).mean():+.2f} [{low:+.2f}, {high:+.2f}]"
-    assert second == ["d = 12", "crate-c", "0.1", f"{other.mean():.2f} ± {other.std(ddof=1):.2f}", gain, "3"]
-    assert [line[3] for line in cells("**Table 6.**")] == ["1", "2", "random"]
+    assert second == ["crate-c", "0.1", f"{other.mean():.2f} ± {other.std(ddof=1):.2f}", gain, "3"]
+    assert [line[2] for line in cells("**Table 6.**")] == ["1", "2", "random"]
     assert sorted(path.name for path in (runs / "results/figures").iterdir()) == ["fig_2_d_12.png", "layers.png"]
 
 
@@ -90,7 +90,7 @@ def test_an_invented_type_is_everywhere(script, monkeypatch, tmp_path):
     assert script("crate.report", runs, "--results", results)[0] == 0
     text = (results / "REPORT.md").read_text()
     assert "Of all claims in those of rank correlations alone: crate-half.\n" in text and "output matrix" in text
-    rows = "| d = 12 | crate-half |"  # of attention, two of Table 2 and one of Table 3; then the intervention's slopes
+    rows = "| crate-half |"  # of attention, two of Table 2 and one of Table 3; then the intervention's slopes
     assert text.count(rows) == 4 and "; crate-half +" in text
     assert ["crate-half" in set(rows["model"]) for rows in drawn] == [True]  # Fig. 2
     table, measures = (pd.read_csv(results / f"{name}.csv") for name in ("correlation/correlation", "measures"))
