@@ -108,6 +108,11 @@ def test_record_says_what_hides_tensors():
     with pytest.raises(ValueError, match="takes a nested tensor, .*set_fastpath_enabled"), torch.no_grad():
         with record(encoder.layers):
             encoder(torch.randn(2, 5, 4), src_key_padding_mask=mask)
+    network, Z = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 5, 4)
+    compiled = torch.compile(network, backend="eager")
+    compiled(Z)
+    with pytest.raises(ValueError, match=r"\(Linear\) wasn't called\. .* compiled before"), record(network):
+        compiled(Z)
 
 
 @pytest.mark.parametrize("function", [srr, parts])
