@@ -24,10 +24,8 @@ MEASURES = {
     "pacbayes_flatness": "PAC-Bayes flatness", "baseline_lr": "learning rate", "baseline_batch_size": "batch size",
     "baseline_dropout": "dropout", "baseline_steps": "steps", "baseline_type": "mean of type",
 }  # fmt: skip
-LEADS, OTHER_SEED = (
-    {"lead over mean of type": "mean of type", "lead over learning rate": "learning rate"},
-    "gap of another seed",
-)
+LEADS = {"lead over mean of type": "mean of type", "lead over learning rate": "learning rate"}
+OTHER_SEED = "gap of another seed"
 BOTH = "both widths"  # the sets of one width again, in one
 AXES = ["model", "width", "batch_size", "lr", "dropout", "weight_decay"]
 PAIRS = {
